@@ -1,0 +1,1 @@
+"""Experiments that show where each method helps, does nothing, or hurts."""

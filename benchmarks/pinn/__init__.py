@@ -1,0 +1,1 @@
+"""Physics-informed networks: problems, networks, arms and training."""
