@@ -1,0 +1,52 @@
+"""Checks of arguments: the name, what was given, what is allowed."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def require_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raises for a Python number that is not finite or outside its range.
+
+    Arrays and tracers pass: ``optax.inject_hyperparams`` hands them over in place of
+    numbers, and their values are not known while a program is traced.
+    """
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not (
+        math.isfinite(value) and value >= at_least and above < value < below
+    ):
+        bounds = {"at least": at_least, "above": above, "below": below}
+        allowed = " and ".join(
+            f"{word} {bound:g}"
+            for word, bound in bounds.items()
+            if math.isfinite(bound)
+        )
+        raise ValueError(f"{name} must be a finite number {allowed}; got {value!r}.")
+
+
+def require_scalar(name: str, value: Any) -> jax.Array:
+    """The value as a real array without axes, or a ``ValueError``."""
+    if isinstance(value, numbers.Real):
+        require_number(name, value, at_least=0)
+    try:
+        array = jnp.asarray(value)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a real scalar; got {value!r}.") from error
+    if array.ndim or not jnp.isrealobj(array) or array.dtype == bool:
+        raise ValueError(
+            f"{name} must be a real scalar; got dtype {array.dtype}, shape "
+            f"{array.shape}."
+        )
+    return array
