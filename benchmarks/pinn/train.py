@@ -1,0 +1,274 @@
+"""Training of one cell: one problem and one network under several optimizers.
+
+The arms start from the same weights and see the same points at every step. `start`,
+`advance` and `measure` are pure functions of a key and a state, so seeds can be mapped
+over with `jax.vmap`; `train` drives them for one seed and `time_arms` measures what a
+step of each arm costs on its own.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import stablegrad_optax
+from benchmarks.pinn.arms import ARMS
+from benchmarks.pinn.network import Network, Params
+from benchmarks.pinn.problems import Problem, relative_l2
+
+FAILURE_ERROR = 0.5  # relative L2; above it, or not finite, a run has failed
+
+
+def failed(error: float) -> bool:
+    return not error <= FAILURE_ERROR
+
+
+class State(NamedTuple):
+    """All arms side by side; leaves of `params` and `grads` are [arms, ...]."""
+
+    params: Params
+    opt_states: tuple[optax.OptState, ...]
+    grads: Params  # of the last step, before the optimizer
+    loss: jax.Array  # f[arms], of the last step, before its update
+
+
+class Record(NamedTuple):
+    """The arms after `step` steps; gradients and loss are the last step's."""
+
+    step: int
+    error: np.ndarray  # f[arms], relative L2 on the problem's evaluation grid
+    loss: np.ndarray  # f[arms]
+    grad_std: dict[str, np.ndarray]  # kernel -> f[arms]
+    factors: dict[str, dict[str, float]]  # arm -> leaf -> factor, arms that scale
+
+
+class History(NamedTuple):
+    """The records of one run, stacked over steps."""
+
+    steps: np.ndarray  # i[records]
+    error: dict[str, np.ndarray]  # arm -> f[records]
+    loss: dict[str, np.ndarray]  # arm -> f[records]
+    grad_std: dict[str, dict[str, np.ndarray]]  # arm -> kernel -> f[records]
+    scaled_std: dict[str, dict[str, np.ndarray]]  # the same times the arm's factors
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained, and how.
+
+    Attributes:
+        problem: made by an entry of `PROBLEMS`.
+        network: the perceptron.
+        arms: names of `ARMS`.
+        learning_rate: at the first step; it falls to 0 along a half cosine.
+        steps: number of updates.
+    """
+
+    problem: Problem
+    network: Network
+    arms: tuple[str, ...]
+    learning_rate: float
+    steps: int
+
+    @cached_property
+    def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
+        rate = optax.cosine_decay_schedule(self.learning_rate, self.steps)
+        return tuple(ARMS[arm](rate) for arm in self.arms)
+
+    @cached_property
+    def grid(self) -> jax.Array:
+        """The evaluation grid, f[n0, n1, inputs]."""
+        axes = np.meshgrid(*self.problem.axes(), indexing="ij")
+        return jnp.asarray(np.stack(axes, -1), jnp.float32)
+
+    @cached_property
+    def solution(self) -> jax.Array:
+        """What the error is taken against, f[n0, n1]."""
+        return jnp.asarray(
+            self.problem.solution(*self.problem.axes()), dtype=jnp.float32
+        )
+
+
+def start(cell: Cell, key: jax.Array) -> State:
+    """Equal initial weights for every arm."""
+    params = cell.network.init(key)
+    arms = len(cell.arms)
+    stacked = _stack([params] * arms)
+    return State(
+        params=stacked,
+        opt_states=tuple(tx.init(params) for tx in cell.optimizers),
+        grads=jax.tree.map(jnp.zeros_like, stacked),
+        loss=jnp.zeros(arms),
+    )
+
+
+def advance(
+    cell: Cell, state: State, key: jax.Array, first: jax.Array, stop: jax.Array
+) -> State:
+    """Take the steps `first` to `stop - 1`; step i draws its points by (key, i)."""
+
+    def loss(params: Params, points: dict[str, jax.Array]) -> jax.Array:
+        evaluate = partial(cell.network.derivatives, params)
+        return cell.problem.loss(evaluate, points)
+
+    def step(index: jax.Array, state: State) -> State:
+        points = cell.problem.sample(jax.random.fold_in(key, index))
+        # One arm after another: the gradient is compiled once, and on a CPU the batched
+        # products of a vmap over arms are slower than the arms in turn.
+        losses, grads = jax.lax.map(
+            lambda params: jax.value_and_grad(loss)(params, points), state.params
+        )
+        new_params, new_states = [], []
+        for arm, (tx, opt_state) in enumerate(
+            zip(cell.optimizers, state.opt_states, strict=True)
+        ):
+            params = _arm(state.params, arm)
+            updates, opt_state = tx.update(_arm(grads, arm), opt_state, params)
+            new_params.append(optax.apply_updates(params, updates))
+            new_states.append(opt_state)
+        return State(_stack(new_params), tuple(new_states), grads, losses)
+
+    return jax.lax.fori_loop(first, stop, step, state)
+
+
+def predict(cell: Cell, state: State, points: jax.Array) -> jax.Array:
+    """Every arm's solution at points f[..., inputs]: f[arms, ...]."""
+    return jax.lax.map(lambda params: cell.network.apply(params, points), state.params)
+
+
+def measure(
+    cell: Cell, state: State
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Error f[arms], loss f[arms] and each kernel's gradient std f[arms]."""
+    error = relative_l2(predict(cell, state, cell.grid), cell.solution)
+    grad_std = {
+        f"{layer}/kernel": jax.vmap(_std)(state.grads[layer]["kernel"])
+        for layer in (f"dense_{i}" for i in range(cell.network.depth + 1))
+    }
+    return error, state.loss, grad_std
+
+
+def train(
+    cell: Cell, seed: int, on_record: Callable[[Record], None] = lambda record: None
+) -> tuple[State, History]:
+    """Train all arms of a cell from one seed.
+
+    Args:
+        cell: what to train.
+        seed: of the initial weights and of the points.
+        on_record: called with every record as soon as it is there.
+
+    Returns:
+        The state after the last step, and the records in between.
+    """
+    key_weights, key_points = jax.random.split(jax.random.key(seed))
+    # `first` and `stop` are traced, so records at uneven steps share one program.
+    advance_jit = jax.jit(partial(advance, cell))
+    measure_jit = jax.jit(partial(measure, cell))
+    state = start(cell, key_weights)
+    records, done = [], 0
+    for stop in record_steps(cell.steps):
+        state = advance_jit(state, key_points, done, int(stop))
+        done = int(stop)
+        record = Record(
+            done, *jax.device_get(measure_jit(state)), _factors(cell, state)
+        )
+        records.append(record)
+        on_record(record)
+    return state, _history(cell, records)
+
+
+def record_steps(steps: int) -> np.ndarray:
+    """When to record: dense at the start, where scales move by orders of magnitude."""
+    early = np.geomspace(1, steps, 24)
+    even = np.linspace(0, steps, 61)[1:]
+    return np.unique(np.ceil(np.concatenate([early, even]) - 1e-6)).astype(int)
+
+
+def time_arms(
+    cell: Cell,
+    *,
+    steps: int = 20,
+    repeats: int = 7,
+    on_arm: Callable[[str], None] = lambda arm: None,
+) -> dict[str, float]:
+    """Milliseconds a step of each arm takes when it trains alone.
+
+    Each arm is compiled on its own; the arms take turns, so that a disturbance of the
+    machine meets all of them; the median over `repeats` is returned.
+    """
+    key = jax.random.key(0)
+    programs = {}
+    for arm in cell.arms:
+        alone = replace(cell, arms=(arm,))
+        run = partial(jax.jit(partial(advance, alone)), start(alone, key), key, 0)
+        jax.block_until_ready(run(1))
+        programs[arm] = run
+        on_arm(arm)
+    times: dict[str, list[float]] = {arm: [] for arm in cell.arms}
+    for _ in range(repeats):
+        for arm, run in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run(steps))
+            times[arm].append(time.perf_counter() - begin)
+    return {arm: 1e3 * float(np.median(t)) / steps for arm, t in times.items()}
+
+
+def _factors(cell: Cell, state: State) -> dict[str, dict[str, float]]:
+    factors = {}
+    for index, (arm, opt_state) in enumerate(
+        zip(cell.arms, state.opt_states, strict=True)
+    ):
+        # An arm without one of the package's methods has no factors.
+        try:
+            factors[arm] = stablegrad_optax.scale_factors(
+                opt_state, _arm(state.params, index)
+            )
+        except ValueError:
+            continue
+    return factors
+
+
+def _history(cell: Cell, records: list[Record]) -> History:
+    def per_arm(values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(cell.arms, np.asarray(values).T, strict=True))
+
+    of_kernel = {
+        kernel: per_arm([record.grad_std[kernel] for record in records])
+        for kernel in records[0].grad_std
+    }
+    grad_std = {arm: {k: of_kernel[k][arm] for k in of_kernel} for arm in cell.arms}
+    scaled_std = {
+        arm: {
+            kernel: std * [record.factors[arm][kernel] for record in records]
+            for kernel, std in grad_std[arm].items()
+        }
+        for arm in records[0].factors
+    }
+    return History(
+        steps=np.array([record.step for record in records]),
+        error=per_arm([record.error for record in records]),
+        loss=per_arm([record.loss for record in records]),
+        grad_std=grad_std,
+        scaled_std=scaled_std,
+    )
+
+
+def _std(x: jax.Array) -> jax.Array:
+    """Standard deviation, also where the squares would leave float32's range."""
+    peak = jnp.maximum(jnp.max(jnp.abs(x)), jnp.finfo(x.dtype).tiny)
+    return peak * jnp.std(x / peak)
+
+
+def _arm(tree: Params, arm: int) -> Params:
+    return jax.tree.map(lambda leaf: leaf[arm], tree)
+
+
+def _stack(trees: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
