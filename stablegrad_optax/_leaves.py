@@ -130,36 +130,27 @@ def _per_leaf(argument: str, value: Any, tree: PyTree) -> list[Any]:
 
 
 class Layout(NamedTuple):
-    """Where the slices of the scaled leaves stand in the vectors of statistics.
-
-    Vectors over *weights* hold the slices of each weight, vectors over *scaled* leaves
-    those of weights and followers; both in the order of the tree.
-    """
+    """Which leaves are weights, and which weights each scaled leaf is scaled by."""
 
     leaves: list[Leaf]
-    weights: tuple[int, ...]
-    scaled: tuple[int, ...]
-    sources: npt.NDArray[np.int32]  # per scaled slice: a weight's slice, then a pool
-    members: npt.NDArray[np.int32]  # weight slices that enter a pool ...
-    pools: npt.NDArray[np.int32]  # ... and which pool each of them enters
-    num_pools: int
+    weights: tuple[int, ...]  # positions in the flattened tree
+    sources: dict[
+        int, tuple[int, ...]
+    ]  # scaled leaf: itself, or the weights it follows
+
+    @property
+    def num_slices(self) -> int:
+        """The length of a vector with an entry per slice of each scaled leaf."""
+        return sum(self.leaves[i].num_slices for i in self.sources)
 
     @property
     def leaf_ids(self) -> npt.NDArray[np.uint32]:
-        """For each scaled slice, the checksum of its leaf's name."""
+        """For each of these entries, the checksum of its leaf's name."""
         ids = [
             np.full(leaf.num_slices, zlib.crc32(leaf.name.encode()), np.uint32)
-            for leaf in (self.leaves[i] for i in self.scaled)
+            for leaf in (self.leaves[i] for i in self.sources)
         ]
         return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
-
-    @property
-    def weight_sizes(self) -> npt.NDArray[np.int64]:
-        """For each slice of a weight, how many elements it has."""
-        return np.repeat(
-            [self.leaves[i].slice_size for i in self.weights],
-            [self.leaves[i].num_slices for i in self.weights],
-        ).astype(np.int64)
 
 
 def lay_out(
@@ -170,55 +161,20 @@ def lay_out(
     followers: bool = False,
     default: Callable[[Leaf], bool] = is_weight_by_default,
 ) -> Layout:
-    """Finds the weights and, if asked for, the leaves that follow them.
-
-    A stacked follower follows slice by slice the weights that are stacked like it, and
-    the whole of any other weight under its parent.
-    """
+    """Finds the weights and, if asked for, the leaves that follow them."""
     leaves = describe(tree, stacked_axes)
     weights = choose(tree, leaves, mask, default)
-    slices: dict[int, range] = {}  # of each weight, in a vector over weights
-    start = 0
+    siblings: dict[tuple[Any, ...], tuple[int, ...]] = {}
     for i in weights:
-        slices[i] = range(start, start + leaves[i].num_slices)
-        start += leaves[i].num_slices
-    siblings: dict[tuple[Any, ...], list[int]] = {}
-    for i in weights:
-        siblings.setdefault(leaves[i].parent, []).append(i)
-
-    scaled: list[int] = []
-    sources: list[int] = []
-    pools: list[list[int]] = []
-    followed: dict[tuple[Any, ...], list[int]] = {}  # by parent and stack: sources
+        siblings[leaves[i].parent] = (*siblings.get(leaves[i].parent, ()), i)
+    is_weight = set(weights)
+    sources: dict[int, tuple[int, ...]] = {}
     for i, leaf in enumerate(leaves):
-        if i in slices:
-            scaled.append(i)
-            sources.extend(slices[i])
+        if i in is_weight:
+            sources[i] = (i,)
         elif followers and leaf.is_floating and leaf.parent in siblings:
-            scaled.append(i)
-            key = (leaf.parent, leaf.stack)
-            if key not in followed:
-                followed[key] = []
-                for j in range(leaf.num_slices):
-                    group: list[int] = []
-                    for w in siblings[leaf.parent]:
-                        alike = leaves[w].stack == leaf.stack
-                        group.extend([slices[w][j]] if alike else slices[w])
-                    if len(group) == 1:
-                        followed[key].append(group[0])
-                    else:
-                        followed[key].append(start + len(pools))
-                        pools.append(group)
-            sources.extend(followed[key])
-    return Layout(
-        leaves,
-        weights,
-        tuple(scaled),
-        np.asarray(sources, np.int32),
-        np.asarray([k for pool in pools for k in pool], np.int32),
-        np.repeat(np.arange(len(pools), dtype=np.int32), [len(p) for p in pools]),
-        len(pools),
-    )
+            sources[i] = siblings[leaf.parent]
+    return Layout(leaves, weights, sources)
 
 
 def require_gradients(layout: Layout, statistic: jax.Array) -> None:
@@ -229,40 +185,25 @@ def require_gradients(layout: Layout, statistic: jax.Array) -> None:
                 f"Gradients must be floating point; leaf '{leaf.name}' is "
                 f"{leaf.dtype}. Exclude it with optax.masked or optax.partition."
             )
-    if statistic.shape != layout.sources.shape:
+    if statistic.shape != (layout.num_slices,):
         raise ValueError(
-            f"The gradients have {len(layout.sources)} slices to scale, the state was "
+            f"The gradients have {layout.num_slices} slices to scale, the state was "
             f"initialized for {statistic.size}: call init on a tree of the same "
             "structure and shapes."
         )
 
 
-def scale(
-    arrays: Sequence[jax.Array], layout: Layout, factors: jax.Array
-) -> list[jax.Array]:
-    """Multiplies each scaled leaf, slice by slice, with its factor.
+@jax.jit
+def scale(array: jax.Array, factor: jax.Array) -> jax.Array:
+    """Each slice times its factor f[stack], in the array's dtype.
 
-    One scalar and one multiplication a leaf: XLA fuses it into the optimizer's own
-    loops, so that a scaled gradient is never written to memory.
+    One scalar and one multiplication, computed in the precision of the statistics: XLA
+    fuses it into the optimizer's loops, and a scaled gradient is never written out.
     """
-    out = list(arrays)
-    start = 0
-    for i in layout.scaled:
-        leaf = layout.leaves[i]
-        stop = start + leaf.num_slices
-        factor = jax.lax.slice(factors, (start,), (stop,))
-        start = stop
-        ones = (1,) * (len(leaf.shape) - leaf.num_stacked)
-        shape = leaf.stack + ones if leaf.num_stacked else ()
-        out[i] = multiply(arrays[i], factor.reshape(shape))
-    return out
-
-
-def multiply(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """The product in the array's dtype, computed in its statistics' precision."""
     wide = statistics_dtype(array.dtype)
     if factor.dtype != wide:  # a float64 factor saturates in float32
         factor = jnp.clip(factor, max=float(jnp.finfo(wide).max)).astype(wide)
+    factor = factor.reshape(factor.shape + (1,) * (array.ndim - factor.ndim))
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         return jax.lax.complex(
             array.real.astype(wide) * factor, array.imag.astype(wide) * factor

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from stablegrad_optax import _leaves, _statistics
@@ -158,7 +159,7 @@ def stablegrad(
     def init_fn(params: optax.Params) -> StableGradState:
         layout = lay_out(params)
         dtype = _leaves.widest_statistics_dtype(layout.leaves)
-        num_slices = len(layout.sources)
+        num_slices = layout.num_slices
         return StableGradState(
             reference_std=jnp.zeros((), dtype),
             grad_std=jnp.zeros(num_slices, dtype),
@@ -199,21 +200,72 @@ def stablegrad(
 
         arrays, treedef = jax.tree.flatten(updates)
         arrays = [jnp.asarray(array) for array in arrays]
-        spreads = _statistics.spreads(arrays, layout)
-        spreads = _statistics.pool(spreads, layout).astype(dtype)
-        factors = _factors(reference, spreads, jnp.asarray(eps, dtype))
-        scaled = _leaves.scale(arrays, layout, factors)
-        return jax.tree.unflatten(treedef, scaled), StableGradState(
-            reference, spreads, factors, state.leaf_ids, mean, count
+        spreads = _followed(_statistics.spreads(arrays, layout), layout)
+        floor = jnp.asarray(eps, dtype)
+        factors = {
+            i: _factor(reference, spread.astype(dtype), floor)
+            for i, spread in spreads.items()
+        }
+        for i, factor in factors.items():
+            arrays[i] = _leaves.scale(arrays[i], factor)
+        return jax.tree.unflatten(treedef, arrays), StableGradState(
+            reference_std=reference,
+            grad_std=_statistics.vector(spreads.values(), dtype),
+            scale_factors=_statistics.vector(factors.values(), dtype),
+            leaf_ids=state.leaf_ids,
+            reference_mean=mean,
+            reference_count=count,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _factors(reference: jax.Array, spreads: jax.Array, eps: jax.Array) -> jax.Array:
+def _followed(
+    weight_spreads: list[jax.Array], layout: _leaves.Layout
+) -> dict[int, jax.Array]:
+    """For each scaled leaf the spread f[stack] that its factor divides by.
+
+    A weight has its own. A follower has that of the weights it follows, pooled where
+    they are several: slice by slice those that are stacked like it, and the whole of
+    the others.
+    """
+    own = dict(zip(layout.weights, weight_spreads, strict=True))
+    pools: dict[tuple[Any, ...], jax.Array] = {}
+    spreads = {}
+    for i, sources in layout.sources.items():
+        leaf = layout.leaves[i]
+        if i in own:
+            spreads[i] = own[i]
+            continue
+        key = (leaf.parent, leaf.stack)
+        if key not in pools:
+            pools[key] = _pool(sources, leaf.stack, own, layout)
+        spreads[i] = pools[key]
+    return spreads
+
+
+def _pool(
+    sources: tuple[int, ...],
+    stack: tuple[int, ...],
+    own: dict[int, jax.Array],
+    layout: _leaves.Layout,
+) -> jax.Array:
+    if len(sources) == 1 and layout.leaves[sources[0]].stack == stack:
+        return own[sources[0]]
+    dtype = np.result_type(*{own[i].dtype for i in sources})
+    rows = []
+    for i in sources:
+        alike = layout.leaves[i].stack == stack
+        row = own[i][None] if alike else own[i].reshape(-1, *(1,) * len(stack))
+        rows.append(jnp.broadcast_to(row, (len(row), *stack)).astype(dtype))
+    return _statistics.pooled(rows, [layout.leaves[i].slice_size for i in sources])
+
+
+@jax.jit
+def _factor(reference: jax.Array, spread: jax.Array, eps: jax.Array) -> jax.Array:
     """The factor of each slice: 1 where there is nothing to scale."""
-    zero = spreads == 0
-    return jnp.where(zero, 1, _divide(reference, jnp.where(zero, 1, spreads + eps)))
+    zero = spread == 0
+    return jnp.where(zero, 1, _divide(reference, jnp.where(zero, 1, spread + eps)))
 
 
 @jax.custom_jvp

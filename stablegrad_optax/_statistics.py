@@ -5,17 +5,28 @@ gradient, nothing of its size written, one all-reduce for all leaves when they a
 sharded. Where that would lose digits, one ``lax.cond`` on one scalar takes a careful
 path for the whole tree: the same sums, each slice times its own exact power of two,
 and the squares about the mean.
+
+Statistics are lists with an array per weight, of the shape of its stack: () for a leaf
+that is one layer. The leaves of a network often share their shapes, and operations on
+one leaf alone then compile to one kernel for all of them, which slices of a common
+vector do not.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
+from jax import lax
 
-from stablegrad_optax._leaves import Layout, statistics_dtype
+from stablegrad_optax._leaves import (
+    Layout,
+    statistics_dtype,
+    widest_statistics_dtype,
+)
 
 # A spread below this share of the root mean square is no scale to normalise by
 # (METHODS.md, section 1, item 6).
@@ -37,7 +48,7 @@ class _Range(NamedTuple):
 _RANGES = {4: _Range(-100, 70, -80), 8: _Range(-960, 540, -560)}  # by bytes
 
 
-def spreads(arrays: list[jax.Array], layout: Layout) -> jax.Array:
+def spreads(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     """The floored standard deviation of every slice of every weight.
 
     ``max(sigma, rms / 10)`` with the population standard deviation sigma: right to
@@ -49,37 +60,59 @@ def spreads(arrays: list[jax.Array], layout: Layout) -> jax.Array:
       layout: Which of them are weights, and how they are stacked.
 
     Returns:
-      f[weight slices], in the widest statistics dtype of the weights.
+      One f[stack] per weight, in the leaf's statistics dtype.
     """
-    if not layout.weights:
-        return jnp.zeros(0, jnp.float32)
-    mean = _mean(lambda x: x, arrays, layout)
-    mean_square = _mean(_abs_squared, arrays, layout)
-    variance = mean_square - _abs_squared(mean)
-    scaling = _scaling(mean_square, layout)
+    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
+    if not weights:
+        return []
+    moments = [_moments(array, leaf.num_stacked) for array, leaf in weights]
+    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
+    mean_square = vector([square for _, square in moments], dtype)
+    variance = mean_square - vector([_abs_squared(mean) for mean, _ in moments], dtype)
     low, high = CANCELLATION
     cancelled = (variance > low * mean_square) & (variance < high * mean_square)
 
-    def careful() -> jax.Array:
-        scale = scaling.scale
-        mean = _mean(lambda x, s: x * s, arrays, layout, scale)
-        mean_square = _mean(lambda x, s: _abs_squared(x * s), arrays, layout, scale)
-        variance = _mean(
-            lambda x, s, m: _abs_squared(x * s - m), arrays, layout, scale, mean
-        )
-        return _spread(variance, mean_square) * scaling.undo
+    def careful() -> list[jax.Array]:
+        return [
+            _careful_spread(array, mean_square, leaf.num_stacked)
+            for (array, leaf), (_, mean_square) in zip(weights, moments, strict=True)
+        ]
 
-    def fast() -> jax.Array:
-        return _spread(variance, mean_square)
+    def fast() -> list[jax.Array]:
+        return [
+            _spread(square - _abs_squared(mean), square) for mean, square in moments
+        ]
 
-    return _cond(jnp.any(scaling.needed | cancelled), careful, fast)
+    lost = _out_of_range(mean_square, layout) | cancelled
+    return lax.cond(lost.any(), careful, fast)
+
+
+@partial(jax.jit, static_argnames="num_stacked")
+def _careful_spread(
+    array: jax.Array, mean_square: jax.Array, num_stacked: int
+) -> jax.Array:
+    scale, undo = _scaling(mean_square)
+    # Without the barrier XLA shares the product between the sums and writes it out.
+    one, another = lax.optimization_barrier((array, array))
+    mean = _mean(one, num_stacked, lambda x: x * _per_slice(scale, x))
+    variance = _mean(
+        another,
+        num_stacked,
+        lambda x: _abs_squared(x * _per_slice(scale, x) - _per_slice(mean, x)),
+    )
+    return _spread(variance, variance + _abs_squared(mean)) * undo
+
+
+@jax.jit
+def _fast_spread(mean: jax.Array, mean_square: jax.Array) -> jax.Array:
+    return _spread(mean_square - _abs_squared(mean), mean_square)
 
 
 def _spread(variance: jax.Array, mean_square: jax.Array) -> jax.Array:
-    return safe_sqrt(jnp.maximum(variance, mean_square * SPREAD_FLOOR**2))
+    return safe_sqrt(lax.max(variance, mean_square * SPREAD_FLOOR**2))
 
 
-def norms(arrays: list[jax.Array], layout: Layout) -> jax.Array:
+def norms(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     """The Euclidean norm of every slice of every weight.
 
     Right to 1e-5 relative between 1e-36 and the dtype's maximum, beyond which it is
@@ -90,124 +123,137 @@ def norms(arrays: list[jax.Array], layout: Layout) -> jax.Array:
       layout: Which of them are weights, and how they are stacked.
 
     Returns:
-      f[weight slices], in the widest statistics dtype of the weights.
+      One f[stack] per weight, in the leaf's statistics dtype.
     """
-    if not layout.weights:
-        return jnp.zeros(0, jnp.float32)
-    mean_square = _mean(_abs_squared, arrays, layout)
-    scaling = _scaling(mean_square, layout)
-    root_sizes = np.sqrt(layout.weight_sizes).astype(mean_square.dtype)
+    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
+    if not weights:
+        return []
+    mean_squares = [_mean_square(array, leaf.num_stacked) for array, leaf in weights]
+    roots = [math.sqrt(leaf.slice_size) for _, leaf in weights]
 
-    def careful() -> jax.Array:
-        mean_square = _mean(
-            lambda x, s: _abs_squared(x * s), arrays, layout, scaling.scale
-        )
-        return safe_sqrt(mean_square) * root_sizes * scaling.undo
+    def careful() -> list[jax.Array]:
+        return [
+            _careful_root(array, mean_square, leaf.num_stacked, root)
+            for (array, leaf), mean_square, root in zip(
+                weights, mean_squares, roots, strict=True
+            )
+        ]
 
-    def fast() -> jax.Array:
-        return safe_sqrt(mean_square) * root_sizes
+    def fast() -> list[jax.Array]:
+        return [
+            safe_sqrt(mean_square) * root
+            for mean_square, root in zip(mean_squares, roots, strict=True)
+        ]
 
-    return _cond(jnp.any(scaling.needed), careful, fast)
+    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
+    lost = _out_of_range(vector(mean_squares, dtype), layout)
+    return lax.cond(lost.any(), careful, fast)
 
 
-def pool(values: jax.Array, layout: Layout) -> jax.Array:
-    """Gives every slice that is scaled the spread that its factor divides by.
+@partial(jax.jit, static_argnames="num_stacked")
+def _careful_root(
+    array: jax.Array, mean_square: jax.Array, num_stacked: int, root_size: float
+) -> jax.Array:
+    scale, undo = _scaling(mean_square)
+    mean_square = _mean(
+        array, num_stacked, lambda x: _abs_squared(x * _per_slice(scale, x))
+    )
+    return safe_sqrt(mean_square) * root_size * undo
 
-    A weight's slice keeps its own; a follower takes ``sqrt(sum n d^2 / sum n)`` over
-    the slices it follows, d their spreads and n their numbers of elements.
+
+def pooled(values: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
+    """``sqrt(sum n d^2 / sum n)`` along a new first axis of equally shaped arrays.
 
     Args:
-      values: f[weight slices].
-      layout: Who follows whom.
+      values: Spreads d, each f[slices, *stack].
+      sizes: For each of them n, the number of elements of one slice.
 
     Returns:
-      f[scaled slices].
+      f[*stack].
     """
-    if layout.num_pools:
-        members = values[layout.members]
-        sizes = layout.weight_sizes[layout.members]
-        totals = np.bincount(layout.pools, sizes, layout.num_pools)
-        shares = (sizes / totals[layout.pools]).astype(values.dtype)
-        # Relative to the largest of its pool, no square leaves the range.
-        largest = jax.lax.stop_gradient(
-            jax.ops.segment_max(members, layout.pools, layout.num_pools)
-        )
-        unit = jnp.where(largest == 0, 1, largest)
-        squares = shares * (members / unit[layout.pools]) ** 2
-        mean_square = jax.ops.segment_sum(squares, layout.pools, layout.num_pools)
-        values = jnp.concatenate([values, safe_sqrt(mean_square) * unit])
-    return values[layout.sources]
+    stacked = jnp.concatenate(values)
+    weights = np.repeat(sizes, [len(value) for value in values])
+    shares = (weights / weights.sum()).astype(stacked.dtype)
+    # Relative to the largest of them, no square leaves the range.
+    largest = lax.stop_gradient(stacked.max(0))
+    unit = jnp.where(largest == 0, 1, largest)
+    mean_square = jnp.tensordot(shares, (stacked / unit) ** 2, 1)
+    return safe_sqrt(mean_square) * unit
 
 
+def vector(values: Iterable[jax.Array], dtype: Any) -> jax.Array:
+    """One vector of all entries, f[0] where there are none."""
+    flat = [value.astype(dtype).reshape(-1) for value in values]
+    return lax.concatenate(flat, 0) if flat else jnp.zeros(0, dtype)
+
+
+@jax.jit
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The square root, with derivative 0 at 0."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def _mean(
-    function: Callable[..., jax.Array],
-    arrays: list[jax.Array],
-    layout: Layout,
-    *per_slice: jax.Array,
-) -> jax.Array:
-    """The mean of a function over each slice of each weight, as one vector.
+@partial(jax.jit, static_argnames="num_stacked")
+def _moments(array: jax.Array, num_stacked: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and mean squared modulus of each slice."""
+    one, another = array, array
+    if array.dtype != statistics_dtype(array.dtype):
+        # Without the barrier XLA shares the conversion and writes it out.
+        one, another = lax.optimization_barrier((array, array))
+    return _mean(one, num_stacked, lambda x: x), _mean_square(another, num_stacked)
 
-    ``function`` is given the leaf in its statistics' precision and, for each vector in
-    ``per_slice``, the entries of the leaf's slices.
-    """
-    means = []
-    start = 0
-    for i in layout.weights:
-        array, leaf = arrays[i], layout.leaves[i]
-        dtype = statistics_dtype(array.dtype)
-        if jnp.iscomplexobj(array):
-            dtype = np.result_type(dtype, np.complex64)
-        stop = start + leaf.num_slices
-        ones = (1,) * (array.ndim - leaf.num_stacked)
-        entries = []
-        for vector in per_slice:
-            entry = jax.lax.slice(vector, (start,), (stop,))
-            entry = entry if jnp.iscomplexobj(array) else entry.real
-            entries.append(entry.reshape(leaf.stack + ones).astype(dtype))
-        start = stop
-        axes = tuple(range(leaf.num_stacked, array.ndim))
-        total = jnp.sum(function(array.astype(dtype), *entries), axes)
-        means.append(_replicated(total / max(leaf.slice_size, 1)).reshape(-1))
-    widest = np.result_type(*{mean.dtype for mean in means})
-    return jnp.concatenate([mean.astype(widest) for mean in means])
+
+@partial(jax.jit, static_argnames="num_stacked")
+def _mean_square(array: jax.Array, num_stacked: int) -> jax.Array:
+    return _mean(array, num_stacked, _abs_squared)
+
+
+def _mean(
+    array: jax.Array, num_stacked: int, function: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The mean of a function of the entries over each slice, in wide precision."""
+    dtype = statistics_dtype(array.dtype)
+    if jnp.iscomplexobj(array):
+        dtype = np.result_type(dtype, np.complex64)
+    axes = tuple(range(num_stacked, array.ndim))
+    size = math.prod(array.shape[num_stacked:])
+    total = jnp.sum(function(array.astype(dtype)), axes)
+    return _replicated(total / max(size, 1))
+
+
+def _per_slice(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Values of the slices, shaped to be combined with the entries."""
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)).astype(x.dtype)
 
 
 def _abs_squared(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-class _Scaling(NamedTuple):
-    needed: jax.Array  # bool[slices]
-    scale: jax.Array  # f[slices], an exact power of two
-    undo: jax.Array  # f[slices], its inverse
+def _out_of_range(mean_square: jax.Array, layout: Layout) -> jax.Array:
+    lowest = [
+        np.full(leaf.num_slices, 2.0 ** _range(statistics_dtype(leaf.dtype)).lowest)
+        for leaf in (layout.leaves[i] for i in layout.weights)
+    ]
+    small = mean_square < np.concatenate(lowest).astype(mean_square.dtype)
+    return small | ~jnp.isfinite(mean_square)
 
 
-def _scaling(mean_square: jax.Array, layout: Layout) -> _Scaling:
-    """Brings squares back into the range of the dtype, by the sums that left it."""
-    lowest, up, down = np.concatenate(
-        [
-            [_RANGES[statistics_dtype(leaf.dtype).itemsize]] * leaf.num_slices
-            for leaf in (layout.leaves[i] for i in layout.weights)
-        ]
-    ).T
-    small = mean_square < _two_to(lowest, mean_square.dtype)
-    large = ~jnp.isfinite(mean_square)
+def _scaling(mean_square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The power of two that brings squares into range, and its inverse."""
+    lowest, up, down = _range(mean_square.dtype)
+    small, finite = mean_square < 2.0**lowest, jnp.isfinite(mean_square)
 
-    def choose(up: npt.NDArray[np.int64], down: npt.NDArray[np.int64]) -> jax.Array:
-        powers = jnp.where(large, _two_to(down, mean_square.dtype), 1)
-        return jnp.where(small, _two_to(up, mean_square.dtype), powers)
+    def choose(up: int, down: int) -> jax.Array:
+        unscaled = jnp.ones_like(mean_square)
+        return jnp.where(small, 2.0**up, jnp.where(finite, unscaled, 2.0**down))
 
-    return _Scaling(small | large, choose(up, down), choose(-up, -down))
+    return choose(up, down), choose(-up, -down)
 
 
-def _two_to(exponent: npt.NDArray[np.int64], dtype: Any) -> npt.NDArray[Any]:
-    return np.ldexp(1.0, exponent).astype(dtype)
+def _range(dtype: Any) -> _Range:
+    return _RANGES[np.dtype(dtype).itemsize]
 
 
 def _replicated(x: jax.Array) -> jax.Array:
@@ -216,12 +262,3 @@ def _replicated(x: jax.Array) -> jax.Array:
     if any(axis is not None for axis in sharding.spec):
         x = jax.sharding.reshard(x, sharding.update(spec=(None,) * x.ndim))
     return x
-
-
-def _cond(
-    predicate: jax.Array,
-    if_true: Callable[[], jax.Array],
-    if_false: Callable[[], jax.Array],
-) -> jax.Array:
-    chosen: jax.Array = jax.lax.cond(predicate, if_true, if_false)
-    return chosen
