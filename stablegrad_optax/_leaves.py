@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
     name: str  # "path/to/kernel"
     parent: tuple[Any, ...]  # the path of the node that holds it
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: Any
     num_stacked: int = 0  # leading axes that index separate layers
 
     @property
@@ -65,6 +65,7 @@ def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf
         shape = tuple(getattr(leaf, "shape", ()))
         dtype = getattr(leaf, "dtype", None)
         dtype = jnp.result_type(leaf) if dtype is None else dtype
+        dtype = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
         leaves.append(Leaf(name, path[:-1], shape, dtype))
     if stacked_axes is None:
         return leaves
@@ -134,9 +135,8 @@ class Layout(NamedTuple):
 
     leaves: list[Leaf]
     weights: tuple[int, ...]  # positions in the flattened tree
-    sources: dict[
-        int, tuple[int, ...]
-    ]  # scaled leaf: itself, or the weights it follows
+    # For each scaled leaf the weights it is scaled by: itself, or those it follows.
+    sources: dict[int, tuple[int, ...]]
 
     @property
     def num_slices(self) -> int:

@@ -199,7 +199,8 @@ def stablegrad(
             reference, mean, count = _limit(reference, growth, mean, count)
 
         arrays, treedef = jax.tree.flatten(updates)
-        arrays = [jnp.asarray(array) for array in arrays]
+        for i in layout.sources:
+            arrays[i] = jnp.asarray(arrays[i])  # NumPy arrays and Python numbers
         spreads = _followed(_statistics.spreads(arrays, layout), layout)
         floor = jnp.asarray(eps, dtype)
         factors = {
