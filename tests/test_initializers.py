@@ -122,7 +122,7 @@ def test_each_layer_maps_the_stationary_state_to_itself(activation):
 
     Independent layers of width 512, each fed with activations in the stationary state.
     A layer alone differs by up to sqrt(c / 512) = 11 % (the docstring's notes); inputs
-    that share no direction and 16 layers average that down to below 1 %.
+    that share no direction and four layers average that down to about 1 %.
     """
     sigma = gain(activation, input_second_moment=1.0)
     init = activation_aware_normal(activation)
