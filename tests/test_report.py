@@ -1,0 +1,340 @@
+"""The verdicts on real and synthetic gradients, and the statistics behind them."""
+
+import time
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stablegrad_optax._report import gradient_report
+
+# Three physics-informed networks. The hidden layers are stacked for `lax.scan`, which
+# compiles in a fraction of the time, and the gradient's layers taken apart again.
+
+
+def field(params, x):
+    def layer(x, hidden):
+        return jnp.tanh(x @ hidden["kernel"] + hidden["bias"]), None
+
+    x, _ = layer(x, params["first"])
+    x, _ = jax.lax.scan(layer, x, params["hidden"])
+    return (x @ params["last"]["kernel"] + params["last"]["bias"])[0]
+
+
+def derivatives(params, point):
+    """The first and second derivatives of the field, each f[2]."""
+
+    def along(axis):
+        def first(x):
+            return jax.jvp(lambda x: field(params, x), (x,), (axis,))[1]
+
+        return jax.jvp(first, (point,), (axis,))
+
+    return jax.vmap(along)(jnp.eye(2))
+
+
+def poisson_loss(params):
+    """u_xx + u_yy = f on the unit square, its boundary weighted by 100."""
+    interior = jax.random.uniform(jax.random.key(1), (64, 2))
+    side = jnp.linspace(0, 1, 16)
+    boundary = jnp.concatenate(
+        [jnp.stack([side, 0 * side], 1), jnp.stack([1 + 0 * side, side], 1)]
+    )
+
+    def residual(x):
+        _, second = derivatives(params, x)
+        return jnp.sum(second) + 2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * x))
+
+    on_boundary = jax.vmap(lambda x: field(params, x))(boundary)
+    return jnp.mean(jax.vmap(residual)(interior) ** 2) + 100 * jnp.mean(on_boundary**2)
+
+
+def burgers_loss(params):
+    """u_t + u u_x = 0.01 / pi u_xx, with u = -sin(pi x) at t = 0."""
+    interior = jax.random.uniform(jax.random.key(1), (64, 2), minval=-1)
+    start = jnp.stack([jnp.zeros(32), jnp.linspace(-1, 1, 32)], 1)
+
+    def residual(x):
+        (u_t, u_x), (_, u_xx) = derivatives(params, x)
+        return u_t + field(params, x) * u_x - 0.01 / jnp.pi * u_xx
+
+    at_start = jax.vmap(lambda x: field(params, x) + jnp.sin(jnp.pi * x[1]))(start)
+    return jnp.mean(jax.vmap(residual)(interior) ** 2) + jnp.mean(at_start**2)
+
+
+def tanh_network(gain, depth=32, width=32):
+    rng = np.random.default_rng(0)  # nothing to compile
+
+    def normal(std, *shape):
+        return rng.normal(0, std, shape).astype(np.float32)
+
+    hidden = normal(gain / width**0.5, depth - 1, width, width)
+    return {
+        "first": {
+            "kernel": normal(gain / 2**0.5, 2, width),
+            "bias": normal(0, width),
+        },
+        "hidden": {"kernel": hidden, "bias": normal(0, depth - 1, width)},
+        "last": {"kernel": normal(width**-0.5, width, 1), "bias": normal(0, 1)},
+    }
+
+
+def taken_apart(grads):
+    """The gradient as that of a network with one dict for each layer."""
+    hidden = [
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], grads["hidden"])
+        for i in range(len(grads["hidden"]["bias"]))
+    ]
+    layers = [grads["first"], *hidden, grads["last"]]
+    return {f"Dense_{i}": layer for i, layer in enumerate(layers)}
+
+
+poisson_grad = jax.jit(jax.grad(poisson_loss))
+
+
+def test_a_healthy_network():
+    report = gradient_report(taken_apart(poisson_grad(tanh_network(gain=1.0))))
+    assert report.verdict == "healthy"
+    assert "None is called for" in report.remedy
+    assert report.std_ratio < 30
+    assert report.below_adam_eps < 0.01
+
+
+def test_an_exploding_network():
+    report = gradient_report(taken_apart(poisson_grad(tanh_network(gain=5 / 3))))
+    assert report.verdict == "exploding"
+    assert report.max_std > 1e5  # EVIDENCE.md: 1e5 to 1e9 at depth 32
+    for remedy in ("stablegrad()", "clip_by_global_norm(1.0)", "b2=0.9"):
+        assert remedy in report.remedy
+
+
+def test_a_vanishing_network():
+    report = gradient_report(taken_apart(poisson_grad(tanh_network(gain=0.3))))
+    assert report.verdict == "vanishing"
+    assert report.below_adam_eps > 0.9
+    assert "activation_aware_normal" in report.remedy
+
+
+def test_equinox_default_at_depth_20():
+    model = eqx.nn.MLP(2, 1, 100, 20, jnp.tanh, key=jax.random.key(0))
+    layers = [{"kernel": x.weight.T, "bias": x.bias} for x in model.layers]
+    params = {
+        "first": layers[0],
+        "hidden": jax.tree.map(lambda *x: jnp.stack(x), *layers[1:-1]),
+        "last": layers[-1],
+    }
+    grads = taken_apart(jax.jit(jax.grad(burgers_loss))(params)).values()
+    of_model = eqx.tree_at(
+        lambda model: [leaf for x in model.layers for leaf in (x.weight, x.bias)],
+        eqx.filter(model, eqx.is_inexact_array),
+        [leaf for x in grads for leaf in (x["kernel"].T, x["bias"])],
+    )
+    report = gradient_report(of_model)
+    assert report.verdict == "unbalanced between layers"
+    assert 1e3 < report.std_ratio < 1e6  # EVIDENCE.md: 2.6e4
+    assert report.leaves[0].name == "layers/0/weight"
+    for remedy in ("stablegrad()", "Glorot", "b2=0.9"):
+        assert remedy in report.remedy
+
+
+def layers_of(*stds, entries=64):
+    """Weights with gradients of these standard deviations."""
+    ones = np.where(np.arange(entries) % 2, 1.0, -1.0).reshape(-1, 2)
+    ones[:, 1] *= -1  # so that rows and columns differ in sign
+    ones *= np.sign(np.arange(entries).reshape(-1, 2) - entries / 2 + 0.5)
+    return {f"layer_{i}": {"kernel": std * ones} for i, std in enumerate(stds)}
+
+
+VERDICTS = {
+    "healthy": [(1.0, 1.0), (1e-3, 0.9), (900.0, 1.0), (1.0, 0.0), (2e-8, 2e-8)],
+    "exploding": [(1e9, 1e3), (1.1e3, 1.0), (1e30, 1e-30)],
+    "vanishing": [(1e-16, 1e-16), (0.0, 0.0), (1e-30, 1e-300)],
+    "mostly below Adam's eps": [(1e-9, 1e-9), (1.0, 1e-9, 1e-9), (1e-9, 0.0)],
+    "unbalanced between layers": [(1.0, 1e-7), (500.0, 1.0, 0.4)],
+    "non-finite": [(np.nan, 1.0), (1e9, np.inf)],
+}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "stds"), [(v, stds) for v, cases in VERDICTS.items() for stds in cases]
+)
+def test_verdicts(verdict, stds):
+    report = gradient_report(layers_of(*stds))
+    assert report.verdict == verdict
+    assert str(report).splitlines()[0] == (
+        f"Gradients: {verdict} ({len(stds)} leaves)."
+    )
+
+
+def test_only_weights_decide_on_the_balance():
+    grads = layers_of(1.0, 2.0)
+    grads["layer_0"]["bias"] = np.array([1e-6, -1e-6])
+    grads["layer_1"]["scale"] = np.array([[1e-7]])  # a single entry is no layer
+    report = gradient_report(grads)
+    assert report.verdict == "healthy"
+    assert report.std_ratio == pytest.approx(2.0)
+    # Without any weight all leaves decide.
+    vectors = {"a": np.array([1.0, -1.0]), "b": np.array([1e-5, -1e-5])}
+    assert gradient_report(vectors).std_ratio == pytest.approx(1e5)
+
+
+def test_a_gradient_without_spread_is_not_vanishing():
+    """All entries alike: the std is 0, but stablegrad divides by rms / 10."""
+    report = gradient_report({"kernel": np.ones((4, 4)), "other": np.ones((4, 4))})
+    assert report.verdict == "healthy"
+    assert report.max_std == pytest.approx(0.1)
+    assert report.leaves[0].mean_to_std == np.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"),
+    [("float16", magnitude) for magnitude in (0.1, 1.0, 50.0)]
+    + [
+        (dtype, magnitude)
+        for dtype in ("bfloat16", "float32", "complex64")
+        for magnitude in (1e-30, 1.0, 1e30)
+    ]
+    + [
+        (dtype, magnitude)
+        for dtype in ("float64", "complex128")
+        for magnitude in (1e-300, 1.0, 1e300)
+    ],
+)
+def test_statistics_at_any_magnitude(dtype, magnitude):
+    """Against NumPy's, taken at scale one of the same rounded entries."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.5, 1.0, (40, 30))
+    if dtype.startswith("complex"):
+        values = values + 1j * rng.normal(-0.5, 2.0, (40, 30))
+    leaf = (values * magnitude).astype(jnp.dtype(dtype))
+    exact = leaf.astype(np.complex128) / magnitude
+    (got,) = gradient_report({"w": leaf}).leaves
+    # Sums in float64: 1e-13 at 1,200 entries, and the division by the magnitude.
+    assert got.std / magnitude == pytest.approx(np.std(exact), rel=1e-12)
+    rms = np.sqrt(np.mean(np.abs(exact) ** 2))
+    assert got.rms / magnitude == pytest.approx(rms, rel=1e-12)
+    ratio = np.abs(np.mean(exact)) / np.std(exact)
+    assert got.mean_to_std == pytest.approx(ratio, rel=1e-10)
+
+
+def test_shares():
+    grads = {"w": np.array([[0.0, 1e-9, 2e-8, 1.0], [np.nan, -np.inf, -1e-9, 0.0]])}
+    report = gradient_report(grads)
+    (leaf,) = report.leaves
+    assert (leaf.zero, leaf.below_adam_eps, leaf.nonfinite) == (2 / 8, 2 / 8, 2 / 8)
+    assert (report.zero, report.below_adam_eps, report.nonfinite) == (0.25, 0.25, 0.25)
+    finite = np.array([0.0, 1e-9, 2e-8, 1.0, -1e-9, 0.0])
+    assert leaf.std == pytest.approx(finite.std())
+    assert gradient_report(grads, adam_eps=1e-7).leaves[0].below_adam_eps == 3 / 8
+    assert gradient_report(grads, adam_eps=0.0).leaves[0].below_adam_eps == 0
+    # Over all leaves it is entries that count.
+    grads["zeros"] = np.zeros(24)
+    assert gradient_report(grads).zero == 26 / 32
+
+
+def test_leaves_without_finite_entries_or_without_any():
+    grads = {"nan": np.full((2, 2), np.nan), "empty": np.zeros((0, 3))}
+    empty, nan = gradient_report(grads).leaves
+    assert (nan.std, nan.rms, nan.mean_to_std, nan.nonfinite) == (0, 0, 0, 1)
+    assert (empty.std, empty.rms, empty.zero, empty.nonfinite) == (0, 0, 0, 0)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+        return nn.Dense(2, kernel_init=init)(x)
+
+
+def front_ends():
+    x = jnp.ones((1, 3))
+    boxed = jax.jit(Block().init)(jax.random.key(0), x)["params"]
+    yield boxed, ["Dense_0/bias", "Dense_0/kernel"]
+    state = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    yield state, ["bias", "kernel"]
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(3))))(model)
+    names = [f"layers/{i}/{leaf}" for i in (0, 1) for leaf in ("weight", "bias")]
+    yield grads, names
+    mixed = [
+        {"w": np.ones(2, np.float32), "x": 1.0, "z": 1j, "none": None, "step": 3},
+        jnp.arange(3),
+        jax.random.key(0),
+        jnp.tanh,
+    ]
+    yield mixed, ["0/w", "0/x", "0/z"]
+    integer = jax.grad(lambda p: p[0] ** 2, allow_int=True)([3.0, 1])
+    yield integer, ["0"]
+    yield jnp.ones((2, 2)), ["grads"]
+
+
+def test_trees_of_any_kind():
+    for grads, names in front_ends():
+        report = gradient_report(grads)
+        assert [leaf.name for leaf in report.leaves] == names
+        assert all(name in str(report) for name in names)
+
+
+def test_sharded_gradients():
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    spec = jax.sharding.PartitionSpec("x", "y")
+    grads = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+    sharded = jax.device_put(grads, jax.sharding.NamedSharding(mesh, spec))
+    assert gradient_report(sharded) == gradient_report(grads)
+
+
+def test_to_dict_is_flat_and_of_floats():
+    flat = gradient_report(layers_of(1.0, 1e-5)).to_dict()
+    assert all(type(value) is float for value in flat.values())
+    assert flat["layer_1/kernel/std"] == pytest.approx(1e-5)
+    assert flat["std_ratio"] == pytest.approx(1e5)
+    assert len(flat) == 2 * 6 + 6
+
+
+def test_table_is_aligned_and_short():
+    lines = str(gradient_report(layers_of(1.0, 1e-300, np.nan))).splitlines()
+    table = lines[lines.index("") + 1 :]
+    assert len(table) == 4
+    assert len({len(line) for line in table}) == 1
+    assert all(len(line) <= 80 for line in lines)
+
+    stds = np.geomspace(1e-3, 1, 1_234)
+    lines = str(gradient_report(layers_of(*stds))).splitlines()
+    table = lines[lines.index("") + 2 :]
+    assert len(table) == 21
+    assert table[0].startswith("layer_1233/kernel")
+    assert table[-1].startswith("layer_0/kernel")
+    assert "1,214 leaves" in table[10]
+
+    broken = {**layers_of(*stds), "broken": np.array([np.nan, 1e-9])}
+    assert "\nbroken " in str(gradient_report(broken))
+
+
+def test_shares_are_not_rounded_to_all_or_nothing():
+    entries = np.ones((100, 100))
+    entries[0, 0] = 0
+    assert "<1%" in str(gradient_report({"w": entries}))
+    assert ">99%" in str(gradient_report({"w": 1 - entries}))
+
+
+def test_five_thousand_leaves_in_a_second():
+    # Of many shapes: nothing may be compiled for each.
+    grads = {f"layer_{i}": np.ones((8 + i % 97, 8), np.float32) for i in range(5000)}
+    grads = jax.block_until_ready(jax.device_put(grads))
+    start = time.process_time()  # others may use the machine, too
+    str(gradient_report(grads))
+    assert time.process_time() - start < 1.0
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="grads must have a floating leaf"):
+        gradient_report({"step": 1})
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda g: gradient_report(g).max_std)(jnp.ones(2))
+    for adam_eps in (-1e-8, float("nan"), "1e-8"):
+        with pytest.raises(ValueError, match="adam_eps must be"):
+            gradient_report(jnp.ones(2), adam_eps=adam_eps)
