@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from benchmarks.pinn.network import Derivatives, SecondOrder
 from benchmarks.pinn.references import (
@@ -98,12 +99,13 @@ class Problem:
         return first, second
 
 
-def relative_l2(prediction: jax.Array, solution: jax.Array) -> jax.Array:
+def relative_l2(prediction: ArrayLike, solution: ArrayLike) -> ArrayLike:
     """`||prediction - solution|| / ||solution||` over the last two axes."""
-    axes = (-2, -1)
-    return jnp.linalg.norm(prediction - solution, axis=axes) / jnp.linalg.norm(
-        solution, axis=axes
-    )
+
+    def norm(x: ArrayLike) -> ArrayLike:
+        return (abs(x) ** 2).sum((-2, -1)) ** 0.5
+
+    return norm(prediction - solution) / norm(solution)
 
 
 def uniform(
@@ -245,7 +247,8 @@ def _allen_cahn() -> Problem:
             Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, initial),
         ),
         solution=allen_cahn,
-        grid_shape=(201, 41),
+        # Every other node of the reference, which is not smooth at t = 0, x = +-1.
+        grid_shape=(257, 41),
     )
 
 

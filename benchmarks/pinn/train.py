@@ -2,13 +2,13 @@
 
 The arms start from the same weights and see the same points at every step. `start`,
 `advance` and `measure` are pure functions of a key and a state, so seeds can be mapped
-over with `jax.vmap`; `train` drives them for one seed and `time_arms` measures what a
-step of each arm costs on its own.
+over with `jax.vmap`; they compile once for a cell object. `train` drives them for one
+seed, and `time_arms` measures what a step of each arm costs.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 import stablegrad_optax
 from benchmarks.pinn.arms import ARMS
@@ -82,24 +83,16 @@ class Cell:
         return tuple(ARMS[arm](rate) for arm in self.arms)
 
     @cached_property
-    def grid(self) -> jax.Array:
-        """The evaluation grid, f[n0, n1, inputs]."""
-        axes = np.meshgrid(*self.problem.axes(), indexing="ij")
-        return jnp.asarray(np.stack(axes, -1), jnp.float32)
-
-    @cached_property
-    def solution(self) -> jax.Array:
-        """What the error is taken against, f[n0, n1]."""
-        return jnp.asarray(
-            self.problem.solution(*self.problem.axes()), dtype=jnp.float32
-        )
+    def solution(self) -> np.ndarray:
+        """What the error is taken against, f32[n0, n1]."""
+        return self.problem.solution(*self.problem.axes()).astype(np.float32)
 
 
 def start(cell: Cell, key: jax.Array) -> State:
     """Equal initial weights for every arm."""
     params = cell.network.init(key)
     arms = len(cell.arms)
-    stacked = _stack([params] * arms)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * arms), params)
     return State(
         params=stacked,
         opt_states=tuple(tx.init(params) for tx in cell.optimizers),
@@ -108,45 +101,70 @@ def start(cell: Cell, key: jax.Array) -> State:
     )
 
 
+@partial(jax.jit, static_argnums=0)
 def advance(
-    cell: Cell, state: State, key: jax.Array, first: jax.Array, stop: jax.Array
+    cell: Cell,
+    state: State,
+    key: jax.Array,
+    steps: tuple[jax.Array, jax.Array],
+    arms: tuple[jax.Array, jax.Array],
 ) -> State:
-    """Take the steps `first` to `stop - 1`; step i draws its points by (key, i)."""
+    """Take the steps [first, stop) with the arms [first, stop), one after another.
+
+    Step i draws its points, the same for all arms, by (key, i). The gradient is
+    compiled once for all arms; on a CPU the batched products of a vmap over arms are
+    slower than the arms in turn. With traced bounds one program trains all arms, takes
+    records at uneven steps, and times an arm alone.
+    """
 
     def loss(params: Params, points: dict[str, jax.Array]) -> jax.Array:
         evaluate = partial(cell.network.derivatives, params)
         return cell.problem.loss(evaluate, points)
 
+    def update(
+        arm: int, params: Params, grads: Params, opt_states: tuple[optax.OptState, ...]
+    ) -> tuple[Params, tuple[optax.OptState, ...]]:
+        updates, new = cell.optimizers[arm].update(grads, opt_states[arm], params)
+        opt_states = (*opt_states[:arm], new, *opt_states[arm + 1 :])
+        return optax.apply_updates(params, updates), opt_states
+
+    updates = [partial(update, arm) for arm in range(len(cell.arms))]
+
     def step(index: jax.Array, state: State) -> State:
         points = cell.problem.sample(jax.random.fold_in(key, index))
-        # One arm after another: the gradient is compiled once, and on a CPU the batched
-        # products of a vmap over arms are slower than the arms in turn.
-        losses, grads = jax.lax.map(
-            lambda params: jax.value_and_grad(loss)(params, points), state.params
-        )
-        new_params, new_states = [], []
-        for arm, (tx, opt_state) in enumerate(
-            zip(cell.optimizers, state.opt_states, strict=True)
-        ):
+
+        def step_of_arm(arm: jax.Array, state: State) -> State:
             params = _arm(state.params, arm)
-            updates, opt_state = tx.update(_arm(grads, arm), opt_state, params)
-            new_params.append(optax.apply_updates(params, updates))
-            new_states.append(opt_state)
-        return State(_stack(new_params), tuple(new_states), grads, losses)
+            value, grads = jax.value_and_grad(loss)(params, points)
+            params, opt_states = jax.lax.switch(
+                arm, updates, params, grads, state.opt_states
+            )
+            return State(
+                params=_with_arm(state.params, arm, params),
+                opt_states=opt_states,
+                grads=_with_arm(state.grads, arm, grads),
+                loss=state.loss.at[arm].set(value),
+            )
 
-    return jax.lax.fori_loop(first, stop, step, state)
+        return jax.lax.fori_loop(*arms, step_of_arm, state)
+
+    return jax.lax.fori_loop(*steps, step, state)
 
 
-def predict(cell: Cell, state: State, points: jax.Array) -> jax.Array:
-    """Every arm's solution at points f[..., inputs]: f[arms, ...]."""
-    return jax.lax.map(lambda params: cell.network.apply(params, points), state.params)
+@partial(jax.jit, static_argnums=0)
+def predict(cell: Cell, params: Params, axes: Sequence[ArrayLike]) -> jax.Array:
+    """Every arm's solution on the tensor grid of two axes, f[arms, n0, n1]."""
+    points = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1).astype(jnp.float32)
+    return jax.lax.map(lambda arm: cell.network.apply(arm, points), params)
 
 
+@partial(jax.jit, static_argnums=0)
 def measure(
     cell: Cell, state: State
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Error f[arms], loss f[arms] and each kernel's gradient std f[arms]."""
-    error = relative_l2(predict(cell, state, cell.grid), cell.solution)
+    prediction = predict(cell, state.params, cell.problem.axes())
+    error = relative_l2(prediction, cell.solution)
     grad_std = {
         f"{layer}/kernel": jax.vmap(_std)(state.grads[layer]["kernel"])
         for layer in (f"dense_{i}" for i in range(cell.network.depth + 1))
@@ -168,16 +186,13 @@ def train(
         The state after the last step, and the records in between.
     """
     key_weights, key_points = jax.random.split(jax.random.key(seed))
-    # `first` and `stop` are traced, so records at uneven steps share one program.
-    advance_jit = jax.jit(partial(advance, cell))
-    measure_jit = jax.jit(partial(measure, cell))
     state = start(cell, key_weights)
     records, done = [], 0
-    for stop in record_steps(cell.steps):
-        state = advance_jit(state, key_points, done, int(stop))
-        done = int(stop)
+    for stop in record_steps(cell.steps).tolist():
+        state = advance(cell, state, key_points, (done, stop), (0, len(cell.arms)))
+        done = stop
         record = Record(
-            done, *jax.device_get(measure_jit(state)), _factors(cell, state)
+            done, *jax.device_get(measure(cell, state)), _factors(cell, state)
         )
         records.append(record)
         on_record(record)
@@ -191,31 +206,27 @@ def record_steps(steps: int) -> np.ndarray:
     return np.unique(np.ceil(np.concatenate([early, even]) - 1e-6)).astype(int)
 
 
-def time_arms(
-    cell: Cell,
-    *,
-    steps: int = 20,
-    repeats: int = 7,
-    on_arm: Callable[[str], None] = lambda arm: None,
-) -> dict[str, float]:
-    """Milliseconds a step of each arm takes when it trains alone.
+def time_arms(cell: Cell, *, steps: int = 20, repeats: int = 7) -> dict[str, float]:
+    """Milliseconds that a training step of each arm takes: points, gradient, update.
 
-    Each arm is compiled on its own; the arms take turns, so that a disturbance of the
-    machine meets all of them; the median over `repeats` is returned.
+    Runs the training's own program with one arm at a time. The arms take turns, so
+    that a disturbance of the machine meets all of them; the median over `repeats`
+    stretches of `steps` steps is returned.
+
+    Args:
+        cell: what is timed; one that was trained needs no compilation.
+        steps: in one stretch.
+        repeats: number of stretches of each arm.
     """
     key = jax.random.key(0)
-    programs = {}
-    for arm in cell.arms:
-        alone = replace(cell, arms=(arm,))
-        run = partial(jax.jit(partial(advance, alone)), start(alone, key), key, 0)
-        jax.block_until_ready(run(1))
-        programs[arm] = run
-        on_arm(arm)
+    state = start(cell, key)
     times: dict[str, list[float]] = {arm: [] for arm in cell.arms}
     for _ in range(repeats):
-        for arm, run in programs.items():
+        for index, arm in enumerate(cell.arms):
             begin = time.perf_counter()
-            jax.block_until_ready(run(steps))
+            jax.block_until_ready(
+                advance(cell, state, key, (0, steps), (index, index + 1))
+            )
             times[arm].append(time.perf_counter() - begin)
     return {arm: 1e3 * float(np.median(t)) / steps for arm, t in times.items()}
 
@@ -270,5 +281,5 @@ def _arm(tree: Params, arm: int) -> Params:
     return jax.tree.map(lambda leaf: leaf[arm], tree)
 
 
-def _stack(trees: list[Params]) -> Params:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def _with_arm(tree: Params, arm: jax.Array, new: Params) -> Params:
+    return jax.tree.map(lambda leaf, value: leaf.at[arm].set(value), tree, new)

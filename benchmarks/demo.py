@@ -1,0 +1,353 @@
+"""A deep network learns a differential equation: with AdamW alone it fails.
+
+Trains one physics-informed network four times side by side, from the same initial
+weights and on the same points: AdamW, AdamW with b2=0.9, clipping, and StableGrad.
+Prints the errors against the exact solution and saves a figure.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")  # the demo saves its figure and opens no window
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.command_line import fail, parse
+from benchmarks.pinn.network import Network
+from benchmarks.pinn.problems import PROBLEMS, relative_l2
+from benchmarks.pinn.references import ReferenceFile, read_burgers
+from benchmarks.pinn.train import (
+    FAILURE_ERROR,
+    Cell,
+    History,
+    Record,
+    State,
+    failed,
+    predict,
+    time_arms,
+    train,
+)
+
+PROG = "python -m benchmarks.demo"
+ARMS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
+SHOWN = "StableGrad + AdamW"  # whose gradients and solution the figure shows
+DEPTH = {"poisson": 32, "burgers": 16}
+STEPS = {"poisson": 1500, "burgers": 3000}
+AGREEMENT = 1e-3  # the scores against Cole-Hopf and against a file
+
+
+@dataclass(frozen=True)
+class Options:
+    problem: Literal["poisson", "burgers"] = "poisson"
+    """poisson: Laplace(u) = q on the unit square, u = sin(pi x) sin(pi y). burgers: u_t
+    + u u_x = (0.01/pi) u_xx, x in [-1, 1], t in [0, 1], u(x, 0) = -sin(pi x), scored
+    against the Cole-Hopf solution."""
+
+    reference: Path | None = None
+    """A MATLAB file with x, t and usol to score Burgers against as well."""
+
+    depth: int | None = None
+    """Number of hidden layers, at least 1; by default 32 for poisson, 16 for
+    burgers."""
+
+    width: int = 32
+    """Units in each hidden layer, at least 1."""
+
+    gain: float = 5 / 3
+    """Standard deviation of the initial weights times sqrt(fan-in), above 0. At depth
+    32, 5/3 makes gradients explode; 1 is a healthy start; 0.3 makes them vanish."""
+
+    steps: int | None = None
+    """Number of updates, at least 1; by default 1500 for poisson, 3000 for burgers."""
+
+    seed: int = 0
+    """Of the initial weights and of the points, 0 to 2**32 - 1."""
+
+    learning_rate: float = 1e-3
+    """At the first step, above 0; it falls to 0 along a half cosine."""
+
+    output: Path | None = None
+    """Where the figure goes (.png, .pdf or .svg); by default out/demo_<problem>.png."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm's line of the table; errors are relative L2."""
+
+    arm: str
+    error: float
+    error_to_file: float | None
+    ms_per_step: float
+
+    @property
+    def verdict(self) -> str:
+        return "failed" if failed(self.error) else "solved"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    options = parse(Options, args, prog=PROG, description=__doc__)
+    try:
+        reference = check(options)
+    except ValueError as error:
+        fail(PROG, str(error))
+    console = Console()
+    try:
+        run(options, reference, console)
+    except KeyboardInterrupt:
+        console.print("Stopped: no figure was written.")
+        return 130
+    return 0
+
+
+def check(options: Options) -> ReferenceFile | None:
+    """Refuse values that cannot work, before any time is spent.
+
+    Returns:
+        The content of `options.reference`.
+
+    Raises:
+        ValueError: naming the option, the value and what is allowed.
+    """
+    for name in ("depth", "width", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    for name in ("gain", "learning_rate"):
+        value = getattr(options, name)
+        if not (value > 0 and math.isfinite(value)):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be a finite number above 0, got {value}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {options.seed}")
+    suffix = output_path(options).suffix
+    if suffix.lower() not in report.FIGURE_SUFFIXES:
+        allowed = ", ".join(report.FIGURE_SUFFIXES)
+        raise ValueError(
+            f"--output must end in one of {allowed}, got {suffix or '?'!r}"
+        )
+    if options.reference is None:
+        return None
+    if options.problem != "burgers":
+        raise ValueError(
+            f"--reference needs --problem burgers, got --problem {options.problem}"
+        )
+    return read_burgers(options.reference)
+
+
+def output_path(options: Options) -> Path:
+    return options.output or Path("out") / f"demo_{options.problem}.png"
+
+
+def run(
+    options: Options, reference: ReferenceFile | None, console: Console
+) -> list[Row]:
+    """Train, time, print the table, save the figure; returns the table's rows."""
+    begin = time.perf_counter()
+    depth = options.depth or DEPTH[options.problem]
+    cell = Cell(
+        problem=PROBLEMS[options.problem](),
+        network=Network(depth, options.width, gain=options.gain),
+        arms=ARMS,
+        learning_rate=options.learning_rate,
+        steps=options.steps or STEPS[options.problem],
+    )
+    console.print(
+        f"{cell.problem.equation}: depth {depth}, width {options.width}, tanh, "
+        f"gain {options.gain:.3g}, {cell.steps} steps, seed {options.seed}",
+        highlight=False,
+    )
+    state, history, ms_per_step = _train_with_progress(cell, options.seed, console)
+    rows = _rows(cell, state, history, reference, ms_per_step)
+    console.print(_table(rows, reference, options))
+    if reference is not None:
+        _compare_references(reference, cell, options, console)
+    path = output_path(options)
+    report.save(_figure(cell, state, history, options), path)
+    console.print(
+        f"Figure: {path}   ({time.perf_counter() - begin:.0f} s)", highlight=False
+    )
+    return rows
+
+
+def _train_with_progress(
+    cell: Cell, seed: int, console: Console
+) -> tuple[State, History, dict[str, float]]:
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    # Not started, so that the time left is estimated from steps, not compilation.
+    training = progress.add_task("compiling", total=cell.steps, start=False)
+
+    try:
+        with Live(progress, console=console) as live:
+
+            def show(record: Record) -> None:
+                progress.start_task(training)
+                progress.update(training, completed=record.step, description="training")
+                live.update(Group(progress, _current_errors(cell, record)))
+
+            state, history = train(cell, seed, show)
+    finally:
+        console.line()  # where the output is no terminal, Live does not end its line
+    with console.status("timing each optimizer alone"):
+        ms_per_step = time_arms(cell)
+    return state, history, ms_per_step
+
+
+def _current_errors(cell: Cell, record: Record) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for arm, error in zip(cell.arms, record.error, strict=True):
+        table.add_row(f"  {arm}", f"error {error:.3g}")
+    return table
+
+
+def _rows(
+    cell: Cell,
+    state: State,
+    history: History,
+    reference: ReferenceFile | None,
+    ms_per_step: dict[str, float],
+) -> list[Row]:
+    """With a file, both errors are taken on the file's own grid."""
+    if reference is None:
+        errors = np.array([history.error[arm][-1] for arm in cell.arms])
+        errors_to_file = [None] * len(cell.arms)
+    else:
+        prediction = predict(cell, state.params, (reference.x, reference.t))
+        exact = cell.problem.solution(reference.x, reference.t)
+        errors = relative_l2(prediction, exact)
+        errors_to_file = relative_l2(prediction, reference.values).tolist()
+    return [
+        Row(arm, float(error), error_to_file, ms_per_step[arm])
+        for arm, error, error_to_file in zip(
+            cell.arms, errors, errors_to_file, strict=True
+        )
+    ]
+
+
+def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -> Table:
+    table = Table(
+        caption=f"error: relative L2; failed: above {FAILURE_ERROR} or not a number"
+    )
+    exact = "Cole-Hopf" if options.problem == "burgers" else "exact solution"
+    table.add_column("optimizer")
+    table.add_column(f"error against {exact}", justify="right")
+    if reference is not None:
+        table.add_column(f"error against {options.reference.name}", justify="right")
+    table.add_column("result")
+    table.add_column("ms per step", justify="right")
+    for row in rows:
+        to_file = [] if row.error_to_file is None else [f"{row.error_to_file:.5f}"]
+        table.add_row(
+            row.arm,
+            f"{row.error:.5f}",
+            *to_file,
+            f"[{'red' if row.verdict == 'failed' else 'green'}]{row.verdict}",
+            f"{row.ms_per_step:.1f}",
+        )
+    return table
+
+
+def _compare_references(
+    reference: ReferenceFile, cell: Cell, options: Options, console: Console
+) -> None:
+    exact = cell.problem.solution(reference.x, reference.t)
+    difference = relative_l2(reference.values, exact)
+    verdict = "agree" if difference <= AGREEMENT else "DISAGREE: trust the former"
+    console.print(
+        f"Cole-Hopf and {options.reference.name}: relative L2 difference "
+        f"{difference:.1e}, they {verdict}.",
+        highlight=False,
+    )
+
+
+def _figure(cell: Cell, state: State, history: History, options: Options) -> Figure:
+    problem, network = cell.problem, cell.network
+    figure, axes = plt.subplot_mosaic(
+        [["error", "before", "after"], ["error", "solution", "difference"]],
+        figsize=(12, 6.6),
+        width_ratios=[1.25, 1, 1],
+        layout="constrained",
+    )
+    report.error_curves(
+        axes["error"], history.steps, history.error, failure=FAILURE_ERROR
+    )
+    axes["error"].set_title("Error against the exact solution")
+
+    before, after = history.grad_std[SHOWN], history.scaled_std[SHOWN]
+    limit = report.log_limit([before, after])
+    report.heat_map(axes["before"], history.steps, before, limit=limit)
+    axes["before"].set_title("Gradient std before scaling ...")
+    mesh = report.heat_map(axes["after"], history.steps, after, limit=limit)
+    axes["after"].set_title("... and after (white: the reference, 1)")
+    figure.colorbar(
+        mesh,
+        ax=[axes["before"], axes["after"]],
+        label=r"$\log_{10}$ std of $\partial L/\partial W$",
+    )
+
+    solution = problem.solution(*problem.axes())
+    prediction = predict(cell, state.params, problem.axes())[cell.arms.index(SHOWN)]
+    report.field(
+        axes["solution"],
+        problem.axes(),
+        prediction,
+        names=problem.inputs,
+        label="u (dimensionless)",
+        cmap="viridis",
+    )
+    axes["solution"].set_title(f"u by {SHOWN} ...")
+    report.field(
+        axes["difference"],
+        problem.axes(),
+        np.abs(prediction - solution),
+        names=problem.inputs,
+        label="|u - exact| (dimensionless)",
+        cmap="magma",
+        vmin=0.0,
+    )
+    axes["difference"].set_title("... and its absolute error")
+
+    figure.suptitle(f"{problem.name.capitalize()}: {problem.equation}", fontsize=13)
+    figure.supxlabel(
+        f"{network.depth} hidden layers of {network.width} {network.activation} units, "
+        f"gain {network.gain:.3g}, learning rate {cell.learning_rate:g} (cosine to 0), "
+        f"seed {options.seed}. Middle, right: {SHOWN}.\n{report.provenance()}",
+        fontsize=9,
+        color="0.3",
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Figures that the benchmarks share, and the words that say where they come from."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+import stablegrad_optax
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+PALETTE = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000")
+LINE_STYLES = ("-", "--", "-.", "-", "--", "-.", ":")
+FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
+
+
+def provenance() -> str:
+    """Device and versions, for a footer or a record."""
+    device = jax.devices()[0]
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    return (
+        f"{device.device_kind}{cores}; jax {jax.__version__}, optax "
+        f"{optax.__version__}, stablegrad_optax {stablegrad_optax.__version__}"
+    )
+
+
+def error_curves(
+    ax: Axes,
+    steps: np.ndarray,
+    errors: Mapping[str, np.ndarray],
+    *,
+    failure: float,
+) -> None:
+    """Error against step, log-log, one line an arm; not finite leaves a gap.
+
+    Args:
+        ax: where to draw.
+        steps: i[records].
+        errors: arm -> f[records].
+        failure: the error above which a run counts as failed.
+    """
+    for index, (arm, error) in enumerate(errors.items()):
+        ax.plot(
+            steps,
+            error,
+            LINE_STYLES[index % len(LINE_STYLES)],
+            color=PALETTE[index % len(PALETTE)],
+            linewidth=2,
+            label=arm,
+        )
+    ax.axhline(failure, color="0.5", linewidth=1, linestyle=":")
+    ax.annotate(
+        "failed",
+        (0.02, failure),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        color="0.4",
+    )
+    ax.set(xscale="log", yscale="log", xlabel="step", ylabel="relative $L_2$ error")
+    ax.grid(which="major", alpha=0.3)
+    ax.legend(loc="best")
+
+
+def heat_map(
+    ax: Axes,
+    steps: np.ndarray,
+    values: Mapping[str, np.ndarray],
+    *,
+    limit: float,
+) -> QuadMesh:
+    """log10 of a positive quantity per layer and step; red above 1, blue below it.
+
+    Args:
+        ax: where to draw.
+        steps: i[records], increasing, at least 1: the logarithmic abscissa.
+        values: layer -> f[records], from the input to the output. The entries of
+            `stablegrad_optax.scale_factors`, one array over steps each, will do.
+        limit: the colours reach from 10^-limit to 10^limit; zero and not finite
+            values are grey.
+
+    Returns:
+        The mesh, for a colour bar.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = np.log10(np.stack(list(values.values())))
+    ax.set_facecolor("0.8")
+    mesh = ax.pcolormesh(
+        10 ** _edges(np.log10(steps)),
+        np.arange(len(values) + 1) - 0.5,
+        np.ma.masked_invalid(exponent),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        rasterized=True,
+    )
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xscale="log", xlabel="step", ylabel="layer (0: input)")
+    ax.invert_yaxis()
+    return mesh
+
+
+def log_limit(values: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """The smallest whole `limit` of `heat_map` that holds all of the values."""
+    everything = np.concatenate(
+        [np.ravel(v) for group in values for v in group.values()]
+    )
+    positive = everything[np.isfinite(everything) & (everything > 0)]
+    if not positive.size:
+        return 1.0
+    return max(1.0, float(np.ceil(np.abs(np.log10(positive)).max())))
+
+
+def field(
+    ax: Axes,
+    axes: tuple[np.ndarray, np.ndarray],
+    values: np.ndarray,
+    *,
+    names: tuple[str, str],
+    label: str,
+    cmap: str,
+    vmin: float | None = None,
+) -> None:
+    """A function of two coordinates, f[n0, n1], with its colour bar.
+
+    The first coordinate is the ordinate when the second is the time `t`, as is usual
+    for x-t diagrams.
+    """
+    horizontal, vertical = (1, 0) if names[1] == "t" else (0, 1)
+    mesh = ax.pcolormesh(
+        axes[horizontal],
+        axes[vertical],
+        values if horizontal == 1 else values.T,
+        cmap=cmap,
+        vmin=vmin,
+        shading="gouraud",
+        rasterized=True,
+    )
+    ax.set(
+        xlabel=f"{names[horizontal]} (dimensionless)",
+        ylabel=f"{names[vertical]} (dimensionless)",
+    )
+    ax.figure.colorbar(mesh, ax=ax, label=label)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure so that `path` holds either all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format=path.suffix[1:], dpi=150)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Cell borders midway between the centres; one centre gets a cell of width 1."""
+    if len(centres) == 1:
+        return centres[0] + np.array([-0.5, 0.5])
+    middle = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([centres[:1], middle, centres[-1:]])
