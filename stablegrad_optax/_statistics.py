@@ -100,6 +100,8 @@ def _careful_spread(
         num_stacked,
         lambda x: _abs_squared(x * _per_slice(scale, x) - _per_slice(mean, x)),
     )
+    # XLA would pull the division by the size out of the square, which then overflows.
+    mean = lax.optimization_barrier(mean)
     return _spread(variance, variance + _abs_squared(mean)) * undo
 
 
