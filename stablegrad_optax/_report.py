@@ -297,10 +297,7 @@ def gradient_report(grads: PyTree, *, adam_eps: float = 1e-8) -> GradientReport:
 
 
 def _is_floating(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", type(leaf))
-    return dtype in (float, complex) or (
-        hasattr(leaf, "dtype") and bool(jnp.issubdtype(dtype, jnp.inexact))
-    )
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
 
 
 def _fetch(leaves: list[Any]) -> list[NDArray[Any]]:
