@@ -117,8 +117,8 @@ def _spread(variance: jax.Array, mean_square: jax.Array) -> jax.Array:
 def norms(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     """The Euclidean norm of every slice of every weight.
 
-    Right to 1e-5 relative between 1e-36 and the dtype's maximum, beyond which it is
-    infinite; 0 for zeros, not finite for a slice that is not finite.
+    Right to 1e-5 relative between 1e-36 and the dtype's maximum, where it saturates; 0
+    for zeros, not finite for a slice that is not finite.
 
     Args:
       arrays: The leaves of the tree.
@@ -160,7 +160,78 @@ def _careful_root(
     mean_square = _mean(
         array, num_stacked, lambda x: _abs_squared(x * _per_slice(scale, x))
     )
-    return safe_sqrt(mean_square) * root_size * undo
+    norm = safe_sqrt(mean_square) * root_size
+    largest = float(jnp.finfo(norm.dtype).max)
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(norm * undo, largest), norm)
+
+
+def means_and_deviations(
+    arrays: Sequence[jax.Array], layout: Layout
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The mean and the standard deviation of every slice of every weight.
+
+    The deviation, not floored, is right to 1e-5 relative between 1e-36 and 1e37 as far
+    as the entries themselves resolve it beside their mean; 0 for zeros, not finite for
+    a slice that is not finite.
+
+    Args:
+      arrays: The leaves of the tree.
+      layout: Which of them are weights, and how they are stacked.
+
+    Returns:
+      Per weight its mean, complex for complex leaves, and its deviation, each f[stack]
+      in the leaf's statistics dtype.
+    """
+    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
+    if not weights:
+        return []
+    moments = [_moments(array, leaf.num_stacked) for array, leaf in weights]
+    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
+    mean_square = vector([square for _, square in moments], dtype)
+    variance = mean_square - vector([_abs_squared(mean) for mean, _ in moments], dtype)
+
+    def careful() -> list[tuple[jax.Array, jax.Array]]:
+        return [
+            _careful_deviation(array, mean_square, leaf.num_stacked)
+            for (array, leaf), (_, mean_square) in zip(weights, moments, strict=True)
+        ]
+
+    def fast() -> list[tuple[jax.Array, jax.Array]]:
+        return [_fast_deviation(mean, square) for mean, square in moments]
+
+    lost = _out_of_range(mean_square, layout) | (
+        variance < CANCELLATION[1] * mean_square
+    )
+    return lax.cond(lost.any(), careful, fast)
+
+
+@partial(jax.jit, static_argnames="num_stacked")
+def _careful_deviation(
+    array: jax.Array, mean_square: jax.Array, num_stacked: int
+) -> tuple[jax.Array, jax.Array]:
+    scale, undo = _scaling(mean_square)
+    # Without the barrier XLA shares the product between the sums and writes it out.
+    one, another, third = lax.optimization_barrier((array,) * 3)
+    mean = _mean(one, num_stacked, lambda x: x * _per_slice(scale, x))
+    # What a sum in float32 leaves of a mean that dominates, and squares about it.
+    rest = _mean(
+        another, num_stacked, lambda x: x * _per_slice(scale, x) - _per_slice(mean, x)
+    )
+    square = _mean(
+        third,
+        num_stacked,
+        lambda x: _abs_squared(x * _per_slice(scale, x) - _per_slice(mean, x)),
+    )
+    rest = lax.optimization_barrier(rest)  # see _careful_spread
+    variance = lax.max(square - _abs_squared(rest), jnp.zeros_like(square))
+    return (mean + rest) * undo, safe_sqrt(variance) * undo
+
+
+@jax.jit
+def _fast_deviation(
+    mean: jax.Array, mean_square: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return mean, safe_sqrt(mean_square - _abs_squared(mean))
 
 
 def pooled(values: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
@@ -187,6 +258,25 @@ def vector(values: Iterable[jax.Array], dtype: Any) -> jax.Array:
     """One vector of all entries, f[0] where there are none."""
     flat = [value.astype(dtype).reshape(-1) for value in values]
     return lax.concatenate(flat, 0) if flat else jnp.zeros(0, dtype)
+
+
+def entries(values: jax.Array) -> list[jax.Array]:
+    """The entries of a vector, an f[] each, for operations on one leaf alone.
+
+    XLA would fuse a constant slice into whatever uses it, and the kernels of every leaf
+    would be their own: 20 ms of compilation each. The positions that come out of a
+    conditional are no constants, and one kernel serves all leaves of a shape.
+    """
+
+    def positions() -> list[jax.Array]:
+        return [jnp.asarray(i, jnp.int32) for i in range(values.size)]
+
+    if values.size < 2:
+        return [values.reshape(()) for _ in range(values.size)]
+    return [
+        lax.dynamic_index_in_dim(values, i, keepdims=False)
+        for i in lax.cond(values[0] == 0, positions, positions)
+    ]
 
 
 @jax.jit
