@@ -1,0 +1,133 @@
+"""The registry: every method of the package, and what is true of it.
+
+The conformance tests run over `CASES`. A new method, or a new variant of one, joins
+with one entry; a property that does not hold for it is switched off in that entry.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stablegrad_optax
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One way to call one factory, and what is true of the transformation.
+
+    Attributes:
+        name: of the test.
+        factory: of the transformation.
+        kwargs: what it is called with.
+        extra_args: what `update` is given beside gradients, state and parameters.
+        static_args: what `optax.inject_hyperparams` must be told is structural.
+        numerical_floors: the arguments that safety must not depend on.
+        degree: from a fresh state, scaling the gradient by c scales a weight's update
+            by c^degree; None: by neither.
+        is_idempotent: a second application, from a fresh state, changes nothing.
+        is_layerwise: a layer's update depends on that layer's gradient alone.
+        converges: the problems that SGD with a decaying rate solves behind it.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    extra_args: Mapping[str, float] = field(default_factory=dict)
+    static_args: tuple[str, ...] = ()
+    numerical_floors: tuple[str, ...] = ("eps",)
+    degree: int | None = 0
+    is_idempotent: bool = True
+    is_layerwise: bool = True
+    converges: tuple[str, ...] = ("parabola", "rosenbrock", "matrix")
+
+    def make(self, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        """The transformation, with some arguments replaced."""
+        return self.factory(**{**self.kwargs, **kwargs})
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation."""
+        return self.make()
+
+    @functools.cached_property
+    def update(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """Gradients and state to updates and state, compiled once for all tests."""
+        return jax.jit(functools.partial(self.tx.update, **self.extra_args))
+
+    def first_update(self, grads: Any) -> Any:
+        """The updates that a fresh state gives, as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.update(grads, self.tx.init(grads))[0])
+
+
+def stacked_by_name(tree: Any) -> Any:
+    """How many axes of a leaf are stacked: one where its path says "stack"."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: int("stack" in jax.tree_util.keystr(path)), tree
+    )
+
+
+CASES = [
+    Case("stablegrad", stablegrad_optax.stablegrad),
+    Case(
+        "stablegrad-prediction",
+        stablegrad_optax.stablegrad,
+        {"reference_std": None, "max_reference_growth": 2.0},
+        extra_args={"prediction_grad_std": 0.5},
+    ),
+    Case(
+        "stablegrad-weights-only",
+        stablegrad_optax.stablegrad,
+        {"scale_biases": False},
+    ),
+    Case(
+        "stablegrad-stacked",
+        stablegrad_optax.stablegrad,
+        {"stacked_axes": stacked_by_name},
+        static_args=("stacked_axes",),
+    ),
+]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+SHAPES = {
+    "hidden": {"bias": (3,), "kernel": (4, 3)},
+    "norm": {"scale": (3,)},
+    "stack": {"bias": (2, 3), "kernel": (2, 3, 3)},
+}
+
+
+def gradients(seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
+    """Normal gradients of a layer, a norm without a weight, and two stacked layers."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * (rng.normal(size=shape) + 0.3), dtype),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def is_weight(path: Any) -> bool:
+    """Whether a path into `gradients()` leads to a weight."""
+    return "kernel" in jax.tree_util.keystr(path)
+
+
+def assert_trees_close(actual: Any, expected: Any, **tolerances: float) -> None:
+    """Same structure, dtypes and shapes, and values to 1e-6 unless told otherwise."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), **({"rtol": 1e-6, "atol": 1e-12} | tolerances)
+        )
+
+
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """The same to the last bit."""
+    assert_trees_close(actual, expected, rtol=0, atol=0)

@@ -1,0 +1,434 @@
+"""What optax's own suites ask of a transformation, of every method."""
+
+import functools
+import re
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import (
+    CASES,
+    assert_trees_close,
+    assert_trees_equal,
+    each_case,
+    gradients,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import stablegrad_optax
+
+
+def avals(tree):
+    """Shapes, dtypes, weak types and shardings: what a compiled program depends on."""
+    return jax.tree.map(jax.typeof, tree)
+
+
+@each_case
+def test_unexpected_extra_args_are_swallowed(case):
+    grads = gradients()
+    updates, state = case.tx.update(
+        grads,
+        case.tx.init(grads),
+        grads,
+        loss=jnp.float32(1),
+        value_fn=None,
+        **case.extra_args,
+    )
+    expected, expected_state = case.update(grads, case.tx.init(grads))
+    assert_trees_close(updates, expected)
+    assert_trees_close(state, expected_state)
+
+
+@each_case
+def test_the_second_call_does_not_recompile(case):
+    traces = []
+
+    @jax.jit
+    def step(grads, state):
+        traces.append(1)
+        return case.tx.update(grads, state, **case.extra_args)
+
+    state = case.tx.init(gradients())
+    for seed in (0, 1, 2):
+        _, state = step(gradients(seed), state)
+    assert len(traces) == 1
+
+
+@each_case
+def test_state_keeps_structure_shapes_and_dtypes(case):
+    grads = gradients()
+    state = case.tx.init(grads)
+    update = functools.partial(case.tx.update, **case.extra_args)
+    _, new_state = jax.eval_shape(update, grads, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        state, jax.eval_shape(case.tx.init, grads)
+    )
+
+
+@each_case
+def test_state_is_one_vector_per_statistic(case):
+    """A params-shaped tree of scalars breaks sharding metadata (DESIGN.md)."""
+    few, many = gradients(), {str(i): gradients() for i in range(3)}
+    assert jax.tree.structure(case.tx.init(few)) == jax.tree.structure(
+        case.tx.init(many)
+    )
+
+
+@each_case
+def test_state_can_be_donated(case):
+    """Each field is a buffer of its own, from init on."""
+    grads = gradients()
+    state = case.tx.init(grads)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
+    step = jax.jit(case.tx.update, donate_argnums=1)
+    expected = case.update(grads, case.update(grads, case.tx.init(grads))[1])
+    _, state = step(grads, state, **case.extra_args)
+    assert_trees_equal(step(grads, state, **case.extra_args), expected)
+
+
+@each_case
+def test_no_array_is_made_before_init(case):
+    def pointers():
+        return {id(array) for array in jax.live_arrays()}
+
+    before = pointers()
+    tx = case.make()
+    assert pointers() <= before
+    del tx
+
+
+@each_case
+def test_map_params_leaves_the_statistics_alone(case):
+    tx = optax.chain(case.tx, optax.adam(1e-3))
+    grads = gradients()
+    state = tx.init(grads)
+    specs = jax.tree.map(lambda _: "spec", grads)
+    mapped = optax.tree.map_params(tx, lambda _, spec: spec, state, specs)
+    assert mapped[1][0].mu == specs
+    assert_trees_equal(mapped[0], state[0])
+    # As in optax's own recipe for partition specs of an optimizer's state.
+    replicated = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
+    )
+    assert jax.tree.leaves(replicated[0]) == []
+
+
+def rosenbrock(params):
+    x = params["x"]
+    return 100 * (x[0, 1] - x[0, 0] ** 2) ** 2 + (1 - x[0, 0]) ** 2
+
+
+def parabola(params):
+    return jnp.sum((params["x"] - jnp.array([[1.0, -1.0, 1.0]])) ** 2)
+
+
+def matrix(params):
+    target = jnp.array([[1.0, 2.0], [3.0, -4.0]])
+    product = params["x"] @ jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    return jnp.sum((product + params["bias"] - target) ** 2)
+
+
+PROBLEMS = {
+    "parabola": (parabola, {"x": np.array([[-1.0, 10.0, 1.0]])}),
+    "rosenbrock": (rosenbrock, {"x": np.array([[-1.2, 1.0]])}),
+    "matrix": (matrix, {"x": np.zeros((2, 2)), "bias": np.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        pytest.param(case, problem, id=f"{case.name}-{problem}")
+        for case in CASES
+        for problem in case.converges
+    ],
+)
+def test_reaches_the_optimum_in_30000_steps(case, problem):
+    loss_fn, params = PROBLEMS[problem]
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    rate = optax.exponential_decay(1e-2, 30_000, 1e-5)
+    tx = optax.chain(case.tx, optax.sgd(rate))
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params, **case.extra_args)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(step, (params, tx.init(params)), length=30_000)[0][0]
+
+    # The step's length is at most the rate, which ends at 1e-7.
+    assert loss_fn(run(params)) < 1e-6
+
+
+@each_case
+def test_inject_hyperparams_equals_plain(case):
+    injected = optax.inject_hyperparams(case.factory, static_args=case.static_args)
+    tx = injected(**case.kwargs)
+    state, plain = tx.init(gradients()), case.tx.init(gradients())
+    step = jax.jit(functools.partial(tx.update, **case.extra_args))
+    for seed in (0, 1, 2):
+        updates, state = step(gradients(seed), state)
+        expected, plain = case.update(gradients(seed), plain)
+        assert_trees_close(updates, expected)
+    assert_trees_close(state.inner_state, plain)
+
+
+@each_case
+def test_hyperparams_follow_a_schedule(case):
+    """Numeric arguments are used in arithmetic only: they can be traced."""
+    floors = {name: optax.constant_schedule(1e-20) for name in case.numerical_floors}
+    if not floors:
+        pytest.skip("no numeric argument")
+    injected = optax.inject_hyperparams(case.factory, static_args=case.static_args)
+    grads = gradients()
+    tx, plain = injected(**case.kwargs, **floors), case.tx
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), **case.extra_args)
+    assert_trees_close(updates, case.update(grads, plain.init(grads))[0])
+
+
+DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_case
+def test_dtype_is_preserved(case, dtype):
+    with jax.enable_x64(jnp.dtype(dtype).itemsize * 8 in (64, 128)):
+        grads = jax.eval_shape(lambda: gradients(dtype=dtype))
+        state = jax.eval_shape(case.tx.init, grads)
+        update = functools.partial(case.tx.update, **case.extra_args)
+        updates, new_state = jax.eval_shape(update, grads, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@each_case
+def test_mixed_precision_trees(case):
+    """Statistics have the widest dtype of the tree, each leaf keeps its own."""
+    with jax.enable_x64(True):
+        wide = gradients(dtype=jnp.float64)
+        dtypes = {"hidden": jnp.float64, "norm": jnp.bfloat16, "stack": jnp.float32}
+        mixed = {name: optax.tree.cast(wide[name], dtypes[name]) for name in wide}
+        updates, state = case.update(mixed, case.tx.init(mixed))
+        chex.assert_trees_all_equal_dtypes(updates, mixed)
+        floats = [x for x in state if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert {x.dtype for x in floats} <= {jnp.dtype("float64")}
+        alone, _ = case.update(wide, case.tx.init(wide))
+        for name, dtype in dtypes.items():
+            # bfloat16 has 8 bits, which a global statistic hands on to all leaves.
+            expected = optax.tree.cast(alone[name], dtype)
+            assert_trees_close(updates[name], expected, rtol=1e-2)
+
+
+@each_case
+def test_strict_dtype_and_rank_promotion(case):
+    grads = gradients()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            shapes = jax.eval_shape(lambda dtype=dtype: gradients(dtype=dtype))
+            state = jax.eval_shape(case.tx.init, shapes)
+            jax.eval_shape(case.make().update, shapes, state, **case.extra_args)
+        updates, _ = case.make().update(grads, case.tx.init(grads), **case.extra_args)
+    assert_trees_close(updates, case.update(grads, case.tx.init(grads))[0])
+
+
+@each_case
+def test_multi_steps_gives_exact_zeros_in_between(case):
+    multi = optax.MultiSteps(case.tx, every_k_schedule=2).gradient_transformation()
+    step = jax.jit(functools.partial(multi.update, **case.extra_args))
+    grads = [gradients(seed) for seed in (0, 1)]
+    state = multi.init(grads[0])
+    skipped, state = step(grads[0], state)
+    assert_trees_equal(skipped, optax.tree.zeros_like(grads[0]))
+    updates, state = step(grads[1], state)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    assert_trees_close(updates, case.update(mean, case.tx.init(mean))[0], rtol=1e-5)
+
+
+@each_case
+def test_cond_between_updated_and_old(case):
+    grads = gradients()
+
+    def step(take, grads, state):
+        def update():
+            return case.tx.update(grads, state, **case.extra_args)
+
+        return jax.lax.cond(take, update, lambda: (grads, state))
+
+    state = case.tx.init(grads)
+    out = jax.eval_shape(step, True, grads, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, (grads, state))
+
+
+@each_case
+def test_init_on_shapes_alone(case):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), gradients())
+    assert_trees_equal(case.tx.init(shapes), case.tx.init(gradients()))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@each_case
+def test_explicit_mesh_types_are_kept(case, compiled):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    kernel = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    specs = {
+        "hidden": {
+            "kernel": PartitionSpec("a", "b"),
+            "bias": PartitionSpec("b"),
+        },
+        "other": {"kernel": PartitionSpec(None, "a")},
+        "whole": {"kernel": PartitionSpec(None, None)},
+    }
+    host = {
+        "hidden": {"kernel": kernel, "bias": kernel[0]},
+        "other": {"kernel": 2 * kernel},
+        "whole": {"kernel": 3 * kernel},
+    }
+    expected = case.first_update(host)
+    with jax.set_mesh(mesh):
+        grads = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), host, specs
+        )
+        init = jax.jit(case.tx.init) if compiled else case.tx.init
+        update = case.update if compiled else case.make().update
+        state = init(grads)
+        extra_args = {} if compiled else case.extra_args
+        updates, new_state = update(grads, state, **extra_args)
+        assert avals(updates) == avals(grads)
+        assert avals(new_state) == avals(state)
+    # Sums over shards round in another order than sums over the whole.
+    assert_trees_close(jax.device_get(updates), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        [],
+        (),
+        {},
+        None,
+        [None, ()],
+        {"a": optax.MaskedNode(), "b": {}},
+        {"a": {"kernel": None}},
+    ],
+    ids=str,
+)
+@each_case
+def test_empty_trees(case, empty):
+    state = case.tx.init(empty)
+    updates, new_state = case.tx.update(empty, state, empty, **case.extra_args)
+    assert updates == empty
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+
+
+@each_case
+def test_none_and_masked_nodes_beside_arrays(case):
+    """As Equinox and optax.masked hand gradients over."""
+    whole = gradients()
+    grads = {
+        "hidden": whole["hidden"] | {"static": None},
+        "stack": whole["stack"],
+        "masked": {"kernel": optax.MaskedNode()},
+    }
+    updates, _ = case.update(grads, case.tx.init(grads))
+    assert updates["masked"] == grads["masked"]
+    assert updates["hidden"].pop("static") is None
+    alone = {name: whole[name] for name in ("hidden", "stack")}
+    expected, _ = case.update(alone, case.tx.init(alone))
+    assert_trees_equal({name: updates[name] for name in expected}, expected)
+
+
+@each_case
+def test_nested_masks(case):
+    grads = gradients()
+    mask = {"hidden": True, "norm": False, "stack": {"bias": True, "kernel": True}}
+    inner = {"hidden": True, "norm": True, "stack": False}
+
+    def nested(tree):
+        # The inner mask is for the tree that the outer one has masked.
+        return {name: inner[name] for name in tree}
+
+    tx = optax.masked(optax.masked(case.tx, nested), mask)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), **case.extra_args)
+    assert_trees_equal(updates["norm"], grads["norm"])
+    assert_trees_equal(updates["stack"], grads["stack"])
+    alone = {"hidden": grads["hidden"]}
+    assert_trees_close(updates["hidden"], case.first_update(alone)["hidden"])
+
+
+def wrappers(case):
+    """Each wrapper around the method: its transformation."""
+    labels = {"hidden": "method", "norm": "method", "stack": "method"}
+    return {
+        "chain": optax.chain(case.tx, optax.identity()),
+        "named_chain": optax.named_chain(("method", case.tx), ("end", optax.scale(1))),
+        "partition": optax.partition({"method": case.tx}, labels),
+        "masked": optax.masked(case.tx, True),
+        "apply_if_finite": optax.apply_if_finite(case.tx, 3),
+        "conditionally_mask": optax.conditionally_mask(case.tx, lambda step: step >= 0),
+        "snapshot": optax.chain(optax.snapshot("norm", optax.tree.norm), case.tx),
+    }
+
+
+@pytest.mark.parametrize("wrapper", wrappers(CASES[0]))
+@each_case
+def test_inside_a_wrapper_equals_alone(case, wrapper):
+    tx = optax.with_extra_args_support(wrappers(case)[wrapper])
+    grads = gradients()
+    # Not compiled: a program for each wrapper and case would take minutes.
+    updates, _ = tx.update(grads, tx.init(grads), grads, **case.extra_args)
+    assert_trees_close(updates, case.first_update(grads))
+
+
+def test_apply_if_finite_keeps_the_statistics_of_a_bad_step():
+    for case in CASES:
+        tx = optax.apply_if_finite(case.tx, 3)
+        grads = gradients()
+        step = jax.jit(functools.partial(tx.update, **case.extra_args))
+        _, state = step(grads, tx.init(grads))
+        updates, skipped = step(jax.tree.map(lambda x: x * jnp.nan, grads), state)
+        assert_trees_equal(updates, optax.tree.zeros_like(grads))
+        assert_trees_equal(skipped.inner_state, state.inner_state)
+
+
+def test_conditionally_mask_keeps_the_state_of_a_skipped_step():
+    for case in CASES:
+        tx = optax.conditionally_mask(case.tx, lambda step: step < 1)
+        grads = gradients()
+        step = jax.jit(functools.partial(tx.update, **case.extra_args))
+        _, state = step(grads, tx.init(grads))
+        updates, skipped = step(gradients(1), state)
+        assert_trees_equal(updates, optax.tree.zeros_like(grads))
+        assert_trees_equal(skipped.inner_state, state.inner_state)
+
+
+def public():
+    return [getattr(stablegrad_optax, name) for name in stablegrad_optax.__all__]
+
+
+@pytest.mark.parametrize("symbol", public(), ids=lambda symbol: symbol.__name__)
+def test_every_public_function_shows_an_example(symbol):
+    """The examples themselves run as doctests (see pyproject.toml)."""
+    if isinstance(symbol, type):
+        assert symbol.__doc__
+    else:
+        assert ">>> " in symbol.__doc__
+        assert "Args:" in symbol.__doc__
+        assert "Returns:" in symbol.__doc__
+
+
+def test_no_private_import_of_optax_and_no_front_end_in_the_package():
+    root = Path(stablegrad_optax.__file__).parent
+    for path in root.glob("*.py"):
+        imports = re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.M)
+        for module in imports:
+            assert not module.startswith("optax._"), path
+            assert module.split(".")[0] not in ("flax", "equinox", "matplotlib", "rich")

@@ -1,0 +1,288 @@
+"""What every method makes of hard numbers, and the symmetries that it has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import (
+    CASES,
+    assert_trees_close,
+    assert_trees_equal,
+    each_case,
+    gradients,
+    is_weight,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stablegrad_optax
+
+
+def assert_finite(tree):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all(), (path, leaf)
+
+
+@pytest.mark.parametrize("without_floor", [False, True], ids=["default", "eps=0"])
+@each_case
+def test_zero_gradients_stay_zero(case, without_floor):
+    """In every dtype, and whether or not eps guards a division."""
+    tx = case.make(**dict.fromkeys(case.numerical_floors * without_floor, 0.0))
+    zeros = {
+        dtype: optax.tree.zeros_like(gradients(dtype=dtype))
+        for dtype in ("float16", "bfloat16", "float32")
+    }
+    step = jax.jit(functools.partial(tx.update, **case.extra_args))
+    state = tx.init(zeros)
+    for _ in range(2):
+        updates, state = step(zeros, state)
+        assert_trees_equal(updates, zeros)
+        assert_finite(state)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 300.0])
+@each_case
+def test_float16_equals_float32_of_the_same_numbers(case, scale):
+    """At 300 the squares overflow in float16, at 1e-4 they underflow."""
+    narrow = gradients(dtype=jnp.float16, scale=scale)
+    wide = optax.tree.cast(narrow, jnp.float32)
+    expected = optax.tree.cast(case.first_update(wide), jnp.float16)
+    # One unit in the last place of float16, or its smallest subnormal.
+    assert_trees_close(case.first_update(narrow), expected, rtol=1e-3, atol=6e-8)
+
+
+@each_case
+def test_constant_leaves(case):
+    """The spread of a constant is rounding: it must not become a factor of 1e7."""
+    grads = jax.tree.map(lambda g: jnp.full_like(g, 1e3), gradients())
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(case.first_update(grads)))
+    assert largest <= 1.001e3
+
+
+@each_case
+def test_leaves_of_any_shape_and_kind(case):
+    """One element, empty, rank 0, NumPy and Python floats."""
+    grads = {
+        "one": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)},
+        "empty": {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(0)},
+        "empty_stack": {"kernel": jnp.ones((0, 2, 2))},
+        "scalar": jnp.float32(2),
+        "numpy": {"kernel": np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)},
+        "float": 3.0,
+    }
+    updates, state = case.tx.update(grads, case.tx.init(grads), **case.extra_args)
+    assert_finite(updates)
+    assert_finite(state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, grads)
+    assert_trees_close(case.update(grads, case.tx.init(grads))[0], updates)
+
+
+@each_case
+def test_extreme_magnitudes_stay_finite(case):
+    """Leaves from 1e-36 to 1e37 side by side, and both ends within one leaf."""
+    base = np.random.default_rng(0).uniform(0.5, 1, (3, 2)) * [1, -1]
+    scales = [1e-36, 1e-30, 1e-20, 1.0, 1e19, 1e30, 1e37]
+    grads = {str(s): {"kernel": np.float32(base * s)} for s in scales}
+    grads["both"] = {"kernel": np.array([[1e-36, 1e37], [-1e37, 1e-36]], np.float32)}
+    grads["max"] = {"kernel": np.full((2, 2), np.finfo(np.float32).max)}
+    subnormal = {"kernel": np.float32(base * 1e-40)}  # XLA may flush it to zero
+    tree = {"subnormal": subnormal, **grads}
+    state = case.tx.init(tree)
+    for _ in range(2):
+        updates, state = case.update(tree, state)
+        assert_finite(updates)
+        assert_finite(state)
+    del updates["subnormal"]
+    for before, after in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True
+    ):
+        moved = np.abs(after) > 0
+        if case.degree == 0:  # neither lost nor turned
+            np.testing.assert_array_equal(np.sign(after)[moved], np.sign(before)[moved])
+            assert moved.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@each_case
+def test_a_leaf_that_is_not_finite_harms_only_its_layer(case, bad):
+    if not case.is_layerwise:
+        pytest.skip("one statistic over all layers")
+    grads = gradients()
+    broken = grads | {
+        "hidden": grads["hidden"]
+        | {"kernel": grads["hidden"]["kernel"].at[0, 0].set(bad)}
+    }
+    updates, state = case.update(broken, case.tx.init(broken))
+    expected = case.first_update(grads)
+    for name in ("norm", "stack"):
+        # The careful path serves the whole tree: it agrees to rounding only.
+        assert_trees_close(jax.device_get(updates[name]), expected[name])
+    assert not np.isfinite(updates["hidden"]["kernel"][0, 0])
+    # And it recovers: a healthy step after it is as if nothing had been.
+    updates, _ = case.update(grads, state)
+    assert_finite(updates)
+
+
+@each_case
+def test_gradients_through_the_update_are_finite(case):
+    """Meta-learning differentiates the update, of zero and extreme leaves too."""
+    normal = np.random.default_rng(0).normal(size=(3, 2))
+    grads = {
+        "zero": {"kernel": np.zeros((2, 2), np.float32)},
+        "constant": {"kernel": np.ones((2, 2), np.float32)},
+        "tiny": {"kernel": np.float32(1e-30 * normal)},
+        "huge": {"kernel": np.float32(1e30 * normal)},
+        "normal": {"kernel": np.float32(normal), "bias": np.ones(2, np.float32)},
+    }
+
+    def through(grads, std):
+        extra_args = case.extra_args and {"prediction_grad_std": std}
+        updates, _ = case.tx.update(grads, case.tx.init(grads), **extra_args)
+        return optax.tree.sum(jax.tree.map(jnp.sin, updates))
+
+    derivatives = jax.jit(jax.grad(through, (0, 1)))(grads, jnp.float32(0.5))
+    assert_finite(derivatives)
+
+
+def test_derivatives_equal_finite_differences():
+    """In float64, where central differences of 1e-5 are right to 1e-8."""
+    with jax.enable_x64(True):
+        grads = gradients(dtype=jnp.float64)
+        direction = gradients(1, dtype=jnp.float64)
+        for case in {case.factory: case for case in CASES}.values():
+
+            def along(t, case=case):
+                moved = optax.tree.add_scale(grads, t, direction)
+                updates, _ = case.tx.update(
+                    moved, case.tx.init(moved), **case.extra_args
+                )
+                return optax.tree.sum(jax.tree.map(jnp.sin, updates))
+
+            value = jax.jit(along)
+            differences = (value(1e-5) - value(-1e-5)) / 2e-5
+            np.testing.assert_allclose(
+                jax.jit(jax.grad(along))(0.0), differences, rtol=1e-6
+            )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    exponent=st.integers(-60, 60),
+    mantissa=st.floats(1, 2, width=32),
+)
+@each_case
+def test_scale_equivariance(case, seed, exponent, mantissa):
+    """update(c g) = c^degree update(g), for c from 1e-18 to 1e18."""
+    if case.degree is None:
+        pytest.skip("neither equivariant nor invariant")
+    grads = gradients(seed)
+    factor = np.float32(mantissa * 2.0**exponent)
+    updates = case.first_update(grads)
+    scaled = case.first_update(jax.tree.map(lambda g: g * factor, grads))
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(updates), jax.tree.leaves(scaled), strict=True
+    ):
+        if is_weight(path):
+            # The fast and the careful path agree to 1e-6; c g is rounded as well.
+            np.testing.assert_allclose(other, one * factor**case.degree, rtol=3e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), order=st.permutations(range(12)))
+@each_case
+def test_permutation_equivariance(case, seed, order):
+    """Statistics do not know where in its leaf an entry stands."""
+    grads = gradients(seed)
+    order = np.array(order)
+
+    def permuted(tree):
+        kernel = np.asarray(tree["hidden"]["kernel"])
+        shuffled = kernel.ravel()[order].reshape(kernel.shape)
+        return tree | {"hidden": tree["hidden"] | {"kernel": shuffled}}
+
+    assert_trees_close(
+        case.first_update(permuted(grads)),
+        permuted(case.first_update(grads)),
+        rtol=2e-6,  # sums are rounded in another order
+        atol=1e-7,
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+@each_case
+def test_sign_equivariance(case, seed):
+    grads = gradients(seed)
+    negative = case.first_update(optax.tree.scale(-1, grads))
+    assert_trees_equal(optax.tree.scale(-1, negative), case.first_update(grads))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), exponent=st.integers(-30, 30))
+@each_case
+def test_idempotence(case, seed, exponent):
+    if not case.is_idempotent:
+        pytest.skip("not idempotent")
+    once = case.first_update(gradients(seed, scale=2.0**exponent))
+    assert_trees_close(case.first_update(once), once, rtol=2e-6, atol=1e-7)
+
+
+@each_case
+def test_vmap_over_a_population_equals_a_loop(case):
+    members = [gradients(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    update = functools.partial(case.tx.update, **case.extra_args)
+
+    @jax.jit
+    @jax.vmap
+    def two_steps(grads):
+        updates, state = update(grads, case.tx.init(grads))
+        return update(updates, state)[0]
+
+    together = two_steps(stacked)
+    for i, grads in enumerate(members):
+        updates, state = case.update(grads, case.tx.init(grads))
+        updates, _ = case.update(updates, state)
+        member = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        assert_trees_close(member, updates, rtol=1e-5, atol=1e-7)
+
+
+def test_several_methods_in_one_chain_keep_states_of_their_own():
+    """Each state is found by its type, and the factors multiply."""
+    tx = optax.named_chain(*((case.name, case.tx) for case in CASES))
+    grads = gradients()
+    extra_args = {k: v for case in CASES for k, v in case.extra_args.items()}
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads), **extra_args)
+    expected = grads
+    for case in CASES:
+        alone, own = case.tx.update(expected, case.tx.init(grads), **extra_args)
+        assert_trees_close(state[case.name], own, rtol=1e-5)
+        expected = alone
+    assert_trees_close(updates, expected, rtol=1e-5)
+    together = stablegrad_optax.scale_factors(state, grads)
+    for name in together:
+        product = 1.0
+        for case in CASES:
+            factors = stablegrad_optax.scale_factors(state[case.name], grads)
+            product = product * np.asarray(factors.get(name, 1.0))
+        np.testing.assert_allclose(together[name], product, rtol=1e-6)
+
+
+def other_trees():
+    grads = gradients()
+    return {
+        "a leaf more": grads | {"new": {"kernel": jnp.ones((2, 2))}},
+        "a layer less": {"hidden": grads["hidden"], "norm": grads["norm"]},
+    }
+
+
+@pytest.mark.parametrize("other", other_trees())
+@each_case
+def test_gradients_of_another_tree_raise(case, other):
+    state = case.tx.init(gradients())
+    with pytest.raises(ValueError, match="call init on a tree of the same structure"):
+        case.tx.update(other_trees()[other], state, **case.extra_args)
