@@ -260,10 +260,10 @@ def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -
         caption=f"error: relative L2; failed: above {FAILURE_ERROR} or not a number"
     )
     exact = "Cole-Hopf" if options.problem == "burgers" else "exact solution"
-    table.add_column("optimizer")
+    table.add_column("optimizer", no_wrap=True)
     table.add_column(f"error against {exact}", justify="right")
     if reference is not None:
-        table.add_column(f"error against {options.reference.name}", justify="right")
+        table.add_column("against the file", justify="right")
     table.add_column("result")
     table.add_column("ms per step", justify="right")
     for row in rows:
@@ -342,7 +342,8 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
     figure.supxlabel(
         f"{network.depth} hidden layers of {network.width} {network.activation} units, "
         f"gain {network.gain:.3g}, learning rate {cell.learning_rate:g} (cosine to 0), "
-        f"seed {options.seed}. Middle, right: {SHOWN}.\n{report.provenance()}",
+        f"seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one colour "
+        f"scale.\n{report.provenance()}",
         fontsize=9,
         color="0.3",
     )

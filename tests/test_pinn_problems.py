@@ -9,7 +9,7 @@ import pytest
 import scipy.io
 from reference_data import reference_file
 
-from benchmarks.pinn.network import Derivatives, SecondOrder
+from benchmarks.pinn.network import Derivatives, Network, SecondOrder
 from benchmarks.pinn.problems import PROBLEMS, relative_l2
 from benchmarks.pinn.references import allen_cahn, cole_hopf, read_burgers
 
@@ -104,6 +104,18 @@ def test_points_lie_where_their_term_holds(name):
     assert np.all(ends.reshape(-1, ends.shape[-1]).any(0)), "every face is drawn"
     if "initial" in points:
         assert np.all(points["initial"][..., 1] == 0)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_network_has_a_finite_loss(name):
+    problem, network = PROBLEMS[name](), Network(1, 4)
+    params = network.init(jax.random.key(0))
+
+    @jax.jit
+    def loss(params, points):
+        return problem.loss(partial(network.derivatives, params), points)
+
+    assert 0 < loss(params, problem.sample(jax.random.key(1))) < jnp.inf
 
 
 @pytest.mark.parametrize("name", ["burgers", "allen_cahn"])
