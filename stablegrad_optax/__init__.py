@@ -1,14 +1,28 @@
 """Control the scale of gradients between backpropagation and the optimizer."""
 
+from stablegrad_optax._analysis import (
+    effective_kernel,
+    effective_kernel_operator,
+    local_decrease_bound,
+)
 from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
+from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
 from stablegrad_optax._stablegrad import StableGradState, stablegrad
 
 __all__ = [
+    "GradientReport",
+    "LeafReport",
     "StableGradState",
+    "activation_aware_normal",
+    "effective_kernel",
+    "effective_kernel_operator",
+    "gradient_report",
+    "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
     "stablegrad",
