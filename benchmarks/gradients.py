@@ -1,0 +1,43 @@
+"""Does my network need this? `gradient_report` on three networks at their start.
+
+A healthy one, one whose gradients explode, and one with the default initializer of
+Equinox and PyTorch, whose gradients differ by orders of magnitude between layers.
+"""
+
+from functools import partial
+
+import jax
+
+import stablegrad_optax
+from benchmarks.pinn.network import Network, Params
+from benchmarks.pinn.problems import PROBLEMS, Problem
+
+NETWORKS = {
+    "Poisson, depth 8, gain 1": ("poisson", Network(depth=8, gain=1.0)),
+    "Poisson, depth 32, gain 5/3": ("poisson", Network(depth=32, gain=5 / 3)),
+    "Burgers, depth 20, width 100, Equinox's default": (
+        "burgers",
+        Network(depth=20, width=100, initializer="uniform"),
+    ),
+}
+
+
+def first_gradient(problem: Problem, network: Network, seed: int = 0) -> Params:
+    """The gradient of the loss at the initial weights."""
+    key_weights, key_points = jax.random.split(jax.random.key(seed))
+    points = problem.sample(key_points)
+
+    def loss(params: Params) -> jax.Array:
+        return problem.loss(partial(network.derivatives, params), points)
+
+    return jax.jit(jax.grad(loss))(network.init(key_weights))
+
+
+def main() -> None:
+    for title, (problem, network) in NETWORKS.items():
+        grads = first_gradient(PROBLEMS[problem](), network)
+        print(f"{title}\n\n{stablegrad_optax.gradient_report(grads)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The README's snippets run, and its printed reports are what the command prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gradients
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run(snippet):
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_reports_are_what_the_command_prints(capsys):
+    gradients.main()
+    # Digits of a gradient differ between machines; titles, verdicts and remedies do not.
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith(("Gradients:", "Remedy:"))]
+    assert said == re.findall(r"^(?:Gradients|Remedy):.*$", README, re.MULTILINE)
+    assert all(f"<summary>{title}</summary>" in README for title in gradients.NETWORKS)
