@@ -18,7 +18,7 @@ def test_snippets_run(snippet):
 
 def test_reports_are_what_the_command_prints(capsys):
     gradients.main()
-    # Digits of a gradient differ between machines; titles, verdicts and remedies do not.
+    # Digits differ between machines; titles, verdicts and remedies do not.
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith(("Gradients:", "Remedy:"))]
     assert said == re.findall(r"^(?:Gradients|Remedy):.*$", README, re.MULTILINE)
