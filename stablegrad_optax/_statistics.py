@@ -210,18 +210,16 @@ def _careful_deviation(
     array: jax.Array, mean_square: jax.Array, num_stacked: int
 ) -> tuple[jax.Array, jax.Array]:
     scale, undo = _scaling(mean_square)
-    # Without the barrier XLA shares the product between the sums and writes it out.
-    one, another, third = lax.optimization_barrier((array,) * 3)
-    mean = _mean(one, num_stacked, lambda x: x * _per_slice(scale, x))
+
+    # Products that are equal XLA shares between the sums and writes out; hence the
+    # further powers of two.
+    def centred(x: jax.Array, unit: float) -> jax.Array:
+        return x * _per_slice(unit * scale, x) - _per_slice(unit * mean, x)
+
+    mean = _mean(array, num_stacked, lambda x: x * _per_slice(scale, x))
     # What a sum in float32 leaves of a mean that dominates, and squares about it.
-    rest = _mean(
-        another, num_stacked, lambda x: x * _per_slice(scale, x) - _per_slice(mean, x)
-    )
-    square = _mean(
-        third,
-        num_stacked,
-        lambda x: _abs_squared(x * _per_slice(scale, x) - _per_slice(mean, x)),
-    )
+    rest = _mean(array, num_stacked, lambda x: centred(x, 2.0)) * 0.5
+    square = _mean(array, num_stacked, lambda x: _abs_squared(centred(x, 0.5))) * 4
     rest = lax.optimization_barrier(rest)  # see _careful_spread
     variance = lax.max(square - _abs_squared(rest), jnp.zeros_like(square))
     return (mean + rest) * undo, safe_sqrt(variance) * undo
@@ -277,6 +275,24 @@ def entries(values: jax.Array) -> list[jax.Array]:
         lax.dynamic_index_in_dim(values, i, keepdims=False)
         for i in lax.cond(values[0] == 0, positions, positions)
     ]
+
+
+@jax.custom_jvp
+def divide(scale: jax.Array, statistic: jax.Array) -> jax.Array:
+    """``scale / statistic``, saturating, with derivatives that do not overflow."""
+    largest = float(jnp.finfo(statistic.dtype).max)
+    return jnp.minimum(scale / statistic, largest)
+
+
+@divide.defjvp
+def _divide_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    scale, statistic = primals
+    scale_dot, statistic_dot = tangents
+    factor = divide(scale, statistic)
+    # Two divisions in a row: the square of a small statistic would underflow.
+    return factor, scale_dot / statistic - statistic_dot / statistic * factor
 
 
 @jax.jit
