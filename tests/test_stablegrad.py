@@ -541,3 +541,72 @@ def test_scale_factors_are_what_the_update_multiplied_by():
         for key in name.split("/"):
             scaled = scaled[key]
         np.testing.assert_allclose(g * factors.get(name, 1.0), scaled, rtol=1e-6)
+
+
+# The table in the docstring: (gradient, its dtype, std, mean / std).
+TABLE = [
+    ("float32", 1e-39, 0),
+    ("float32", 1e-36, 0),
+    ("float32", 1e-28, 0),
+    ("float32", 1, 0),
+    ("float32", 1, 9),
+    ("float32", 1, 100),
+    ("float32", 1e37, 0),
+    ("float32", 1e38, 0),
+    ("bfloat16", 1e-36, 0),
+    ("bfloat16", 1e36, 0),
+    ("float16", 1e-4, 0),
+    ("float16", 300, 0),
+    ("complex64", 1e-36, 0),
+    ("complex64", 1e37, 0),
+    ("float64", 1e-300, 0),
+    ("float64", 1e300, 0),
+]
+WORDS = {
+    "all zero": np.zeros((4, 4), np.float32),
+    "all 1e3": np.full((4, 4), 1e3, np.float32),
+    "one NaN": np.array([[1, -1], [1, np.nan]], np.float32),
+    "one Inf": np.array([[1, -1], [1, np.inf]], np.float32),
+}
+
+
+def table():
+    """What `stablegrad()` makes of leaves of every dtype and extreme."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for dtype, std, mean in TABLE:
+        z = rng.uniform(0.2, 1, (32, 32)) * rng.choice([-1, 1], (32, 32))
+        z = (z - z.mean()) / z.std()
+        g = (std * (z + mean)).astype(jnp.dtype(dtype))
+        rows.append((dtype, f"{std:g}", f"{mean}", *scaled(g)))
+    rows += [("float32", words, "", *scaled(g)) for words, g in WORDS.items()]
+    line = "{:<9}  {:<8}  {:<8}  {:<10}  {:<10}  {}".format
+    rule = line(*("=" * width for width in (9, 8, 8, 10, 10, 10)))
+    head = line("dtype", "std", "mean/std", "scaled std", "with eps=0", "scaled rms")
+    return [rule, head, rule, *(line(*row).rstrip() for row in rows), rule]
+
+
+def scaled(g):
+    """The scaled leaf's standard deviation, the same with eps=0, and its RMS."""
+    with np.errstate(invalid="ignore"), jax.enable_x64(g.dtype == np.float64):
+        default, without = (of_leaf(stablegrad(**kw), g) for kw in ({}, {"eps": 0}))
+        rms = np.sqrt(np.mean(np.abs(default) ** 2))
+        return tuple(f"{x:.3f}" for x in (np.std(default), np.std(without), rms))
+
+
+def of_leaf(tx, g):
+    updates, _ = jax.jit(tx.update)({"w": g}, tx.init({"w": g}))
+    g = np.asarray(updates["w"])
+    return g.astype(np.complex128 if np.iscomplexobj(g) else np.float64)
+
+
+def test_the_docstring_shows_what_each_dtype_and_extreme_gives():
+    """Printed by `python tests/test_stablegrad.py`."""
+    written = [line.strip() for line in stablegrad.__doc__.splitlines()]
+    rows = table()
+    start = written.index(rows[0])
+    assert written[start : start + len(rows)] == rows
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")
