@@ -33,7 +33,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks import report
+from benchmarks import figures
 from benchmarks.command_line import fail, parse
 from benchmarks.pinn.network import Network
 from benchmarks.pinn.problems import PROBLEMS, relative_l2
@@ -143,8 +143,8 @@ def check(options: Options) -> ReferenceFile | None:
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {options.seed}")
     suffix = output_path(options).suffix
-    if suffix.lower() not in report.FIGURE_SUFFIXES:
-        allowed = ", ".join(report.FIGURE_SUFFIXES)
+    if suffix.lower() not in figures.FIGURE_SUFFIXES:
+        allowed = ", ".join(figures.FIGURE_SUFFIXES)
         raise ValueError(
             f"--output must end in one of {allowed}, got {suffix or '?'!r}"
         )
@@ -185,7 +185,7 @@ def run(
     if reference is not None:
         _compare_references(reference, cell, options, console)
     path = output_path(options)
-    report.save(_figure(cell, state, history, options), path)
+    figures.save(_figure(cell, state, history, options), path)
     console.print(
         f"Figure: {path}   ({time.perf_counter() - begin:.0f} s)", highlight=False
     )
@@ -299,16 +299,16 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
         width_ratios=[1.25, 1, 1],
         layout="constrained",
     )
-    report.error_curves(
+    figures.error_curves(
         axes["error"], history.steps, history.error, failure=FAILURE_ERROR
     )
     axes["error"].set_title("Error against the exact solution")
 
     before, after = history.grad_std[SHOWN], history.scaled_std[SHOWN]
-    limit = report.log_limit([before, after])
-    report.heat_map(axes["before"], history.steps, before, limit=limit)
+    limit = figures.log_limit([before, after])
+    figures.heat_map(axes["before"], history.steps, before, limit=limit)
     axes["before"].set_title("Gradient std before scaling ...")
-    mesh = report.heat_map(axes["after"], history.steps, after, limit=limit)
+    mesh = figures.heat_map(axes["after"], history.steps, after, limit=limit)
     axes["after"].set_title("... and after (white: the reference, 1)")
     figure.colorbar(
         mesh,
@@ -318,7 +318,7 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
 
     solution = problem.solution(*problem.axes())
     prediction = predict(cell, state.params, problem.axes())[cell.arms.index(SHOWN)]
-    report.field(
+    figures.field(
         axes["solution"],
         problem.axes(),
         prediction,
@@ -327,7 +327,7 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
         cmap="viridis",
     )
     axes["solution"].set_title(f"u by {SHOWN} ...")
-    report.field(
+    figures.field(
         axes["difference"],
         problem.axes(),
         np.abs(prediction - solution),
@@ -343,7 +343,7 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
         f"{network.depth} hidden layers of {network.width} {network.activation} units, "
         f"gain {network.gain:.3g}, learning rate {cell.learning_rate:g} (cosine to 0), "
         f"seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one colour "
-        f"scale.\n{report.provenance()}",
+        f"scale.\n{figures.provenance()}",
         fontsize=9,
         color="0.3",
     )

@@ -9,7 +9,7 @@ import pytest
 import scipy.io
 from rich.console import Console
 
-from benchmarks import demo, report
+from benchmarks import demo, figures
 from benchmarks.pinn.network import Network
 from benchmarks.pinn.problems import PROBLEMS
 from benchmarks.pinn.references import cole_hopf
@@ -99,12 +99,12 @@ def test_a_figure_is_whole_or_what_was_there_before(where, tmp_path, monkeypatch
     path = tmp_path / "figure.png"
     path.write_text("what was there before")
     with monkeypatch.context() as patch:
-        patch.setattr(f"benchmarks.report.{where}", interrupt)
+        patch.setattr(f"benchmarks.figures.{where}", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            report.save(report.plt.figure(), path)
+            figures.save(figures.plt.figure(), path)
     assert os.listdir(tmp_path) == ["figure.png"]
     assert path.read_text() == "what was there before"
-    report.save(report.plt.figure(), path)
+    figures.save(figures.plt.figure(), path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
