@@ -222,7 +222,7 @@ def _careful_deviation(
     square = _mean(array, num_stacked, lambda x: _abs_squared(centred(x, 0.5))) * 4
     rest = lax.optimization_barrier(rest)  # see _careful_spread
     variance = lax.max(square - _abs_squared(rest), jnp.zeros_like(square))
-    return (mean + rest) * undo, safe_sqrt(variance) * undo
+    return (mean + rest) * undo.astype(mean.dtype), safe_sqrt(variance) * undo
 
 
 @jax.jit
@@ -247,7 +247,8 @@ def pooled(values: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
     shares = (weights / weights.sum()).astype(stacked.dtype)
     # Relative to the largest of them, no square leaves the range.
     largest = lax.stop_gradient(stacked.max(0))
-    unit = jnp.where(largest == 0, 1, largest)
+    invertible = float(jnp.finfo(stacked.dtype).max) / 16
+    unit = jnp.where(largest == 0, 1, jnp.minimum(largest, invertible))
     mean_square = jnp.tensordot(shares, (stacked / unit) ** 2, 1)
     return safe_sqrt(mean_square) * unit
 
