@@ -5,6 +5,10 @@ from stablegrad_optax._analysis import (
     effective_kernel_operator,
     local_decrease_bound,
 )
+from stablegrad_optax._autoscaled import (
+    GradientAutoscaledNormalizationState,
+    gradient_autoscaled_normalization,
+)
 from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._prediction import (
@@ -12,16 +16,24 @@ from stablegrad_optax._prediction import (
     value_and_grad_with_prediction_std,
 )
 from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
+from stablegrad_optax._stabilizer import (
+    GradientStabilizerState,
+    gradient_stabilizer,
+)
 from stablegrad_optax._stablegrad import StableGradState, stablegrad
 
 __all__ = [
+    "GradientAutoscaledNormalizationState",
     "GradientReport",
+    "GradientStabilizerState",
     "LeafReport",
     "StableGradState",
     "activation_aware_normal",
     "effective_kernel",
     "effective_kernel_operator",
+    "gradient_autoscaled_normalization",
     "gradient_report",
+    "gradient_stabilizer",
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
