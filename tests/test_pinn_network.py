@@ -70,6 +70,7 @@ def test_a_deep_network_has_two_leaves_a_hidden_layer_and_one_at_its_output():
         ("normal", 1.5 / 200**0.5, 1 / 200**0.5),
         ("uniform", (1 / 3 / 200) ** 0.5, (1 / 3 / 200) ** 0.5),
         ("glorot", (2 / 400) ** 0.5, (2 / 201) ** 0.5),
+        ("activation_aware", 1.891 / 200**0.5, 1 / 200**0.5),
     ],
 )
 def test_initial_weights_have_their_laws_standard_deviation(

@@ -11,10 +11,13 @@ a bias (the last hidden biases already provide the constant), so 2 D + 1 leaves:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from stablegrad_optax import activation_aware_normal
 
 Params = dict[str, dict[str, jax.Array]]
 SecondOrder = tuple[tuple[float, ...], ...]
@@ -184,6 +187,27 @@ def _uniform(network: Network, layer: int, key: jax.Array) -> dict[str, jax.Arra
     return {"kernel": kernel, "bias": bias}
 
 
+def _activation_aware(
+    network: Network, layer: int, key: jax.Array
+) -> dict[str, jax.Array]:
+    shape = network.kernel_shape(layer)
+    if layer == network.depth:
+        return {"kernel": shape[0] ** -0.5 * jax.random.normal(key, shape)}
+    initializer = _aware_initializer(network.activation, first=layer == 0)
+    return _with_zero_bias(network, layer, initializer(key, shape))
+
+
+@cache
+def _aware_initializer(
+    activation: str, *, first: bool
+) -> jax.nn.initializers.Initializer:
+    # Coordinates uniform in [-1, 1], or in [0, 1], have the second moment 1/3.
+    return activation_aware_normal(
+        lambda z: ACTIVATIONS[activation](z)[0],
+        input_second_moment=1 / 3 if first else None,
+    )
+
+
 def _with_zero_bias(
     network: Network, layer: int, kernel: jax.Array
 ) -> dict[str, jax.Array]:
@@ -196,8 +220,10 @@ def _with_zero_bias(
 # "normal": N(0, gain^2 / fan_in), the output N(0, 1 / fan_in), biases 0.
 # "uniform": kernels and biases uniform +-1/sqrt(fan_in), as Equinox and torch do.
 # "glorot": kernels uniform +-sqrt(6 / (fan_in + fan_out)), biases 0.
+# "activation_aware": `activation_aware_normal`, the output N(0, 1 / fan_in), biases 0.
 INITIALIZERS: dict[str, Callable[[Network, int, jax.Array], dict[str, jax.Array]]] = {
     "normal": _normal,
     "uniform": _uniform,
     "glorot": _glorot,
+    "activation_aware": _activation_aware,
 }

@@ -83,11 +83,32 @@ class Problem:
         points: dict[str, jax.Array],
     ) -> jax.Array:
         """The weighted mean squares at `points`, of the field behind `evaluate`."""
+        return self.weigh(self.residuals(self.fields(evaluate, points), points))
+
+    def fields(
+        self,
+        evaluate: Callable[[jax.Array, SecondOrder | None], Derivatives],
+        points: dict[str, jax.Array],
+    ) -> dict[str, Derivatives]:
+        """What each term reads of the field behind `evaluate`, at its points."""
+        return {
+            term.name: evaluate(points[term.name], term.second) for term in self.terms
+        }
+
+    def residuals(
+        self, fields: dict[str, Derivatives], points: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """By how much each term is missed, f[...]."""
+        return {
+            term.name: term.residual(points[term.name], fields[term.name])
+            for term in self.terms
+        }
+
+    def weigh(self, residuals: dict[str, jax.Array]) -> jax.Array:
+        """The loss of these residuals."""
         total = jnp.float32(0)
         for term in self.terms:
-            at = points[term.name]
-            residual = term.residual(at, evaluate(at, term.second))
-            total += term.weight * jnp.mean(residual**2)
+            total += term.weight * jnp.mean(residuals[term.name] ** 2)
         return total
 
     def axes(self) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 import stablegrad_optax
 from benchmarks.pinn.arms import ARMS
+from benchmarks.pinn.gradient import PredictionGrads, value_and_grads
 from benchmarks.pinn.network import Network, Params
 from benchmarks.pinn.problems import Problem, relative_l2
 
@@ -78,7 +79,7 @@ class Cell:
     steps: int
 
     @cached_property
-    def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
+    def optimizers(self) -> tuple[optax.GradientTransformationExtraArgs, ...]:
         rate = optax.cosine_decay_schedule(self.learning_rate, self.steps)
         return tuple(ARMS[arm](rate) for arm in self.arms)
 
@@ -117,14 +118,16 @@ def advance(
     records at uneven steps, and times an arm alone.
     """
 
-    def loss(params: Params, points: dict[str, jax.Array]) -> jax.Array:
-        evaluate = partial(cell.network.derivatives, params)
-        return cell.problem.loss(evaluate, points)
-
     def update(
-        arm: int, params: Params, grads: Params, opt_states: tuple[optax.OptState, ...]
+        arm: int,
+        params: Params,
+        grads: Params,
+        prediction_grads: PredictionGrads,
+        opt_states: tuple[optax.OptState, ...],
     ) -> tuple[Params, tuple[optax.OptState, ...]]:
-        updates, new = cell.optimizers[arm].update(grads, opt_states[arm], params)
+        updates, new = cell.optimizers[arm].update(
+            grads, opt_states[arm], params, prediction_grads=prediction_grads
+        )
         opt_states = (*opt_states[:arm], new, *opt_states[arm + 1 :])
         return optax.apply_updates(params, updates), opt_states
 
@@ -135,9 +138,11 @@ def advance(
 
         def step_of_arm(arm: jax.Array, state: State) -> State:
             params = _arm(state.params, arm)
-            value, grads = jax.value_and_grad(loss)(params, points)
+            value, grads, prediction_grads = value_and_grads(
+                cell.problem, cell.network, params, points
+            )
             params, opt_states = jax.lax.switch(
-                arm, updates, params, grads, state.opt_states
+                arm, updates, params, grads, prediction_grads, state.opt_states
             )
             return State(
                 params=_with_arm(state.params, arm, params),
@@ -165,11 +170,15 @@ def measure(
     """Error f[arms], loss f[arms] and each kernel's gradient std f[arms]."""
     prediction = predict(cell, state.params, cell.problem.axes())
     error = relative_l2(prediction, cell.solution)
-    grad_std = {
-        f"{layer}/kernel": jax.vmap(_std)(state.grads[layer]["kernel"])
-        for layer in (f"dense_{i}" for i in range(cell.network.depth + 1))
+    return error, state.loss, gradient_stds(state.grads)
+
+
+def gradient_stds(grads: Params) -> dict[str, jax.Array]:
+    """Each kernel's std f[arms], from leaves [arms, ...], from the input on."""
+    return {
+        f"{layer}/kernel": jax.vmap(_std)(grads[layer]["kernel"])
+        for layer in (f"dense_{i}" for i in range(len(grads)))
     }
-    return error, state.loss, grad_std
 
 
 def train(
@@ -199,10 +208,10 @@ def train(
     return state, _history(cell, records)
 
 
-def record_steps(steps: int) -> np.ndarray:
+def record_steps(steps: int, *, early: int = 24, even: int = 60) -> np.ndarray:
     """When to record: dense at the start, where scales move by orders of magnitude."""
-    early = np.geomspace(1, steps, 24)
-    even = np.linspace(0, steps, 61)[1:]
+    early = np.geomspace(1, steps, early)
+    even = np.linspace(0, steps, even + 1)[1:]
     return np.unique(np.ceil(np.concatenate([early, even]) - 1e-6)).astype(int)
 
 
