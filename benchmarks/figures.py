@@ -23,12 +23,17 @@ FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
 
 def provenance() -> str:
     """Device and versions, for a footer or a record."""
+    return (
+        f"{device_name()}; jax {jax.__version__}, optax {optax.__version__}, "
+        f"stablegrad_optax {stablegrad_optax.__version__}"
+    )
+
+
+def device_name() -> str:
+    """What the numbers were computed on."""
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return (
-        f"{device.device_kind}{cores}; jax {jax.__version__}, optax "
-        f"{optax.__version__}, stablegrad_optax {stablegrad_optax.__version__}"
-    )
+    return f"{device.device_kind}{cores}"
 
 
 def error_curves(
