@@ -15,7 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-import stablegrad_optax
+from stablegrad_optax import stablegrad
+from stablegrad_optax._autoscaled import gradient_autoscaled_normalization
+from stablegrad_optax._stabilizer import gradient_stabilizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +31,13 @@ class Case:
         extra_args: what `update` is given beside gradients, state and parameters.
         static_args: what `optax.inject_hyperparams` must be told is structural.
         numerical_floors: the arguments that safety must not depend on.
+        lowest_exponent: gradients of 2^lowest_exponent are large beside the floors.
         degree: from a fresh state, scaling the gradient by c scales a weight's update
             by c^degree; None: by neither.
         is_idempotent: a second application, from a fresh state, changes nothing.
         is_layerwise: a layer's update depends on that layer's gradient alone.
-        converges: the problems that SGD with a decaying rate solves behind it.
+        converges: the problems that SGD with a decaying rate solves behind it. Mean
+            removal cannot reach an optimum off the mean that a weight starts with.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Case:
     extra_args: Mapping[str, float] = field(default_factory=dict)
     static_args: tuple[str, ...] = ()
     numerical_floors: tuple[str, ...] = ("eps",)
+    lowest_exponent: int = -60
     degree: int | None = 0
     is_idempotent: bool = True
     is_layerwise: bool = True
@@ -74,27 +79,62 @@ def stacked_by_name(tree: Any) -> Any:
 
 
 CASES = [
-    Case("stablegrad", stablegrad_optax.stablegrad),
+    Case("stablegrad", stablegrad),
     Case(
         "stablegrad-prediction",
-        stablegrad_optax.stablegrad,
+        stablegrad,
         {"reference_std": None, "max_reference_growth": 2.0},
         extra_args={"prediction_grad_std": 0.5},
     ),
     Case(
         "stablegrad-weights-only",
-        stablegrad_optax.stablegrad,
+        stablegrad,
         {"scale_biases": False},
     ),
     Case(
         "stablegrad-stacked",
-        stablegrad_optax.stablegrad,
+        stablegrad,
         {"stacked_axes": stacked_by_name},
         static_args=("stacked_axes",),
+    ),
+    Case("stabilizer", gradient_stabilizer, lowest_exponent=-10),
+    Case(
+        "stabilizer-algorithm-1",
+        gradient_stabilizer,
+        {"bias_correction": False, "nonfinite": "zero", "max_norm_ratio": 2.0},
+        lowest_exponent=-10,
+    ),
+    Case(
+        "stabilizer-global",
+        gradient_stabilizer,
+        {"per_leaf": False},
+        lowest_exponent=-10,
+        is_layerwise=False,
+    ),
+    Case(
+        "autoscaled",
+        gradient_autoscaled_normalization,
+        numerical_floors=(),
+        degree=None,
+        is_idempotent=False,
+        is_layerwise=False,
+        converges=(),
+    ),
+    Case(
+        "autoscaled-none",
+        gradient_autoscaled_normalization,
+        {"autoscale": "none"},
+        numerical_floors=(),
+        degree=1,
+        converges=(),
     ),
 ]
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+# One case of each method: for what a variant of its arguments cannot change.
+METHODS = list({case.factory: case for case in reversed(CASES)}.values())[::-1]
+each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 
 SHAPES = {
     "hidden": {"bias": (3,), "kernel": (4, 3)},

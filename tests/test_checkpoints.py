@@ -19,15 +19,22 @@ from cases import assert_trees_equal, each_case, gradients
 from stablegrad_optax import scale_factors
 
 
-def steps(tx, extra_args, params, opt_state, seeds):
+@functools.cache
+def steps_of(case):
+    """A chain with AdamW, and its steps over the gradients of some seeds."""
+    tx = optax.chain(case.tx, optax.adamw(1e-2))
+
     @jax.jit
     def step(params, opt_state, grads):
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        updates, opt_state = tx.update(grads, opt_state, params, **case.extra_args)
         return optax.apply_updates(params, updates), opt_state
 
-    for seed in seeds:
-        params, opt_state = step(params, opt_state, gradients(seed))
-    return params, opt_state
+    def run(params, opt_state, seeds):
+        for seed in seeds:
+            params, opt_state = step(params, opt_state, gradients(seed))
+        return params, opt_state
+
+    return tx, run
 
 
 def through_orbax(tree, template, directory):
@@ -53,8 +60,7 @@ def through_pickle(tree, template, directory):
 @each_case
 def test_resumed_equals_uninterrupted(case, through, tmp_path):
     """Saved after two of four steps in a chain with AdamW, restored into a new init."""
-    tx = optax.chain(case.tx, optax.adamw(1e-2))
-    run = functools.partial(steps, tx, case.extra_args)
+    tx, run = steps_of(case)
     start = gradients(9), tx.init(gradients(9))
     uninterrupted = run(*start, seeds=range(4))
     halfway = run(*start, seeds=range(2))

@@ -15,6 +15,7 @@ from cases import (
     assert_trees_close,
     assert_trees_equal,
     each_case,
+    each_method,
     gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -27,23 +28,17 @@ def avals(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@each_case
+@each_method
 def test_unexpected_extra_args_are_swallowed(case):
     grads = gradients()
-    updates, state = case.tx.update(
-        grads,
-        case.tx.init(grads),
-        grads,
-        loss=jnp.float32(1),
-        value_fn=None,
-        **case.extra_args,
-    )
+    step = jax.jit(functools.partial(case.tx.update, value_fn=None, **case.extra_args))
+    updates, state = step(grads, case.tx.init(grads), grads, loss=1.0)
     expected, expected_state = case.update(grads, case.tx.init(grads))
     assert_trees_close(updates, expected)
     assert_trees_close(state, expected_state)
 
 
-@each_case
+@each_method
 def test_the_second_call_does_not_recompile(case):
     traces = []
 
@@ -79,7 +74,7 @@ def test_state_is_one_vector_per_statistic(case):
     )
 
 
-@each_case
+@each_method
 def test_state_can_be_donated(case):
     """Each field is a buffer of its own, from init on."""
     grads = gradients()
@@ -103,7 +98,7 @@ def test_no_array_is_made_before_init(case):
     del tx
 
 
-@each_case
+@each_method
 def test_map_params_leaves_the_statistics_alone(case):
     tx = optax.chain(case.tx, optax.adam(1e-3))
     grads = gradients()
@@ -178,11 +173,12 @@ def test_inject_hyperparams_equals_plain(case):
     for seed in (0, 1, 2):
         updates, state = step(gradients(seed), state)
         expected, plain = case.update(gradients(seed), plain)
-        assert_trees_close(updates, expected)
-    assert_trees_close(state.inner_state, plain)
+        # The hyperparameters are float32: 1 - 0.999 is right to 1.7e-5.
+        assert_trees_close(updates, expected, rtol=2e-5)
+    assert_trees_close(state.inner_state, plain, rtol=2e-5)
 
 
-@each_case
+@each_method
 def test_hyperparams_follow_a_schedule(case):
     """Numeric arguments are used in arithmetic only: they can be traced."""
     floors = {name: optax.constant_schedule(1e-20) for name in case.numerical_floors}
@@ -192,7 +188,8 @@ def test_hyperparams_follow_a_schedule(case):
     grads = gradients()
     tx, plain = injected(**case.kwargs, **floors), case.tx
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads), **case.extra_args)
-    assert_trees_close(updates, case.update(grads, plain.init(grads))[0])
+    expected, _ = case.update(grads, plain.init(grads))
+    assert_trees_close(updates, expected, rtol=2e-5)
 
 
 DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
@@ -210,7 +207,7 @@ def test_dtype_is_preserved(case, dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@each_case
+@each_method
 def test_mixed_precision_trees(case):
     """Statistics have the widest dtype of the tree, each leaf keeps its own."""
     with jax.enable_x64(True):
@@ -230,17 +227,14 @@ def test_mixed_precision_trees(case):
 
 @each_case
 def test_strict_dtype_and_rank_promotion(case):
-    grads = gradients()
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for dtype in (jnp.float32, jnp.bfloat16):
             shapes = jax.eval_shape(lambda dtype=dtype: gradients(dtype=dtype))
             state = jax.eval_shape(case.tx.init, shapes)
             jax.eval_shape(case.make().update, shapes, state, **case.extra_args)
-        updates, _ = case.make().update(grads, case.tx.init(grads), **case.extra_args)
-    assert_trees_close(updates, case.update(grads, case.tx.init(grads))[0])
 
 
-@each_case
+@each_method
 def test_multi_steps_gives_exact_zeros_in_between(case):
     multi = optax.MultiSteps(case.tx, every_k_schedule=2).gradient_transformation()
     step = jax.jit(functools.partial(multi.update, **case.extra_args))
@@ -275,7 +269,7 @@ def test_init_on_shapes_alone(case):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@each_case
+@each_method
 def test_explicit_mesh_types_are_kept(case, compiled):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     kernel = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -329,7 +323,7 @@ def test_empty_trees(case, empty):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
 
 
-@each_case
+@each_method
 def test_none_and_masked_nodes_beside_arrays(case):
     """As Equinox and optax.masked hand gradients over."""
     whole = gradients()
@@ -346,7 +340,7 @@ def test_none_and_masked_nodes_beside_arrays(case):
     assert_trees_equal({name: updates[name] for name in expected}, expected)
 
 
-@each_case
+@each_method
 def test_nested_masks(case):
     grads = gradients()
     mask = {"hidden": True, "norm": False, "stack": {"bias": True, "kernel": True}}
@@ -379,7 +373,7 @@ def wrappers(case):
 
 
 @pytest.mark.parametrize("wrapper", wrappers(CASES[0]))
-@each_case
+@each_method
 def test_inside_a_wrapper_equals_alone(case, wrapper):
     tx = optax.with_extra_args_support(wrappers(case)[wrapper])
     grads = gradients()
@@ -388,26 +382,26 @@ def test_inside_a_wrapper_equals_alone(case, wrapper):
     assert_trees_close(updates, case.first_update(grads))
 
 
-def test_apply_if_finite_keeps_the_statistics_of_a_bad_step():
-    for case in CASES:
-        tx = optax.apply_if_finite(case.tx, 3)
-        grads = gradients()
-        step = jax.jit(functools.partial(tx.update, **case.extra_args))
-        _, state = step(grads, tx.init(grads))
-        updates, skipped = step(jax.tree.map(lambda x: x * jnp.nan, grads), state)
-        assert_trees_equal(updates, optax.tree.zeros_like(grads))
-        assert_trees_equal(skipped.inner_state, state.inner_state)
+@each_method
+def test_apply_if_finite_keeps_the_statistics_of_a_bad_step(case):
+    tx = optax.apply_if_finite(case.tx, 3)
+    grads = gradients()
+    step = jax.jit(functools.partial(tx.update, **case.extra_args))
+    _, state = step(grads, tx.init(grads))
+    updates, skipped = step(jax.tree.map(lambda x: x * jnp.nan, grads), state)
+    assert_trees_equal(updates, optax.tree.zeros_like(grads))
+    assert_trees_equal(skipped.inner_state, state.inner_state)
 
 
-def test_conditionally_mask_keeps_the_state_of_a_skipped_step():
-    for case in CASES:
-        tx = optax.conditionally_mask(case.tx, lambda step: step < 1)
-        grads = gradients()
-        step = jax.jit(functools.partial(tx.update, **case.extra_args))
-        _, state = step(grads, tx.init(grads))
-        updates, skipped = step(gradients(1), state)
-        assert_trees_equal(updates, optax.tree.zeros_like(grads))
-        assert_trees_equal(skipped.inner_state, state.inner_state)
+@each_method
+def test_conditionally_mask_keeps_the_state_of_a_skipped_step(case):
+    tx = optax.conditionally_mask(case.tx, lambda step: step < 1)
+    grads = gradients()
+    step = jax.jit(functools.partial(tx.update, **case.extra_args))
+    _, state = step(grads, tx.init(grads))
+    updates, skipped = step(gradients(1), state)
+    assert_trees_equal(updates, optax.tree.zeros_like(grads))
+    assert_trees_equal(skipped.inner_state, state.inner_state)
 
 
 def public():
@@ -432,3 +426,33 @@ def test_no_private_import_of_optax_and_no_front_end_in_the_package():
         for module in imports:
             assert not module.startswith("optax._"), path
             assert module.split(".")[0] not in ("flax", "equinox", "matplotlib", "rich")
+
+
+def registry_table():
+    """The registry as tests/README.md lists it."""
+
+    def call(case):
+        arguments = [
+            f"{name}={getattr(value, '__name__', repr(value))}"
+            for name, value in case.kwargs.items()
+        ]
+        return f"`{case.factory.__name__}({', '.join(arguments)})`"
+
+    rows = [
+        (
+            case.name,
+            call(case),
+            "yes" if case.is_layerwise else "no",
+            str(case.degree),
+            "yes" if case.is_idempotent else "no",
+            ", ".join(case.converges) or "none",
+        )
+        for case in CASES
+    ]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def test_the_readme_lists_the_registry():
+    lines = (Path(__file__).parent / "README.md").read_text().splitlines()
+    start, end = lines.index("<!-- cases -->"), lines.index("<!-- /cases -->")
+    assert lines[start + 3 : end] == registry_table()

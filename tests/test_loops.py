@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_trees_close, each_case
+from cases import assert_trees_close, each_method
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
@@ -219,7 +219,7 @@ def test_linen_train_state_subclassed():
     assert_trained(state.params, scale_factors(state.opt_state, state.params))
 
 
-@each_case
+@each_method
 def test_linen_partitioning_boxes(case):
     """Boxes stay boxes, and nn.get_partition_spec reads the optimizer's state."""
 
@@ -284,7 +284,7 @@ def test_nnx_optimizer():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@each_case
+@each_method
 def test_nnx_optimizer_with_sharding_metadata(case, axis_type):
     """Parameters that carry partition names, on a mesh of two by four devices."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)

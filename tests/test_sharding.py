@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from cases import assert_trees_close, each_case
+from cases import assert_trees_close, each_case, each_method
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from stablegrad_optax import (
@@ -129,7 +129,7 @@ def test_one_all_reduce_for_all_statistics_of_sharded_leaves(case):
     assert always == ["all-reduce"]
 
 
-@each_case
+@each_method
 def test_no_all_reduce_for_replicated_gradients(case):
     assert collectives(case.tx, put(many_leaves()), case.extra_args) == ([], [])
 

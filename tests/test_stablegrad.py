@@ -573,31 +573,33 @@ WORDS = {
 def table():
     """What `stablegrad()` makes of leaves of every dtype and extreme."""
     rng = np.random.default_rng(0)
-    rows = []
+    rows, grads = [], []
     for dtype, std, mean in TABLE:
         z = rng.uniform(0.2, 1, (32, 32)) * rng.choice([-1, 1], (32, 32))
         z = (z - z.mean()) / z.std()
-        g = (std * (z + mean)).astype(jnp.dtype(dtype))
-        rows.append((dtype, f"{std:g}", f"{mean}", *scaled(g)))
-    rows += [("float32", words, "", *scaled(g)) for words, g in WORDS.items()]
+        rows.append((dtype, f"{std:g}", f"{mean}"))
+        grads.append((std * (z + mean)).astype(jnp.dtype(dtype)))
+    rows += [("float32", words, "") for words in WORDS]
+    grads += WORDS.values()
     line = "{:<9}  {:<8}  {:<8}  {:<10}  {:<10}  {}".format
     rule = line(*("=" * width for width in (9, 8, 8, 10, 10, 10)))
     head = line("dtype", "std", "mean/std", "scaled std", "with eps=0", "scaled rms")
-    return [rule, head, rule, *(line(*row).rstrip() for row in rows), rule]
+    default, without = scaled(stablegrad(), grads), scaled(stablegrad(eps=0), grads)
+    with np.errstate(invalid="ignore"):
+        for row, a, b in zip(range(len(rows)), default, without, strict=True):
+            results = np.std(a), np.std(b), np.sqrt(np.mean(np.abs(a) ** 2))
+            rows[row] = line(*rows[row], *(f"{x:.3f}" for x in results)).rstrip()
+    return [rule, head, rule, *rows, rule]
 
 
-def scaled(g):
-    """The scaled leaf's standard deviation, the same with eps=0, and its RMS."""
-    with np.errstate(invalid="ignore"), jax.enable_x64(g.dtype == np.float64):
-        default, without = (of_leaf(stablegrad(**kw), g) for kw in ({}, {"eps": 0}))
-        rms = np.sqrt(np.mean(np.abs(default) ** 2))
-        return tuple(f"{x:.3f}" for x in (np.std(default), np.std(without), rms))
-
-
-def of_leaf(tx, g):
-    updates, _ = jax.jit(tx.update)({"w": g}, tx.init({"w": g}))
-    g = np.asarray(updates["w"])
-    return g.astype(np.complex128 if np.iscomplexobj(g) else np.float64)
+def scaled(tx, grads):
+    """Each gradient as a weight of its own, in double precision afterwards."""
+    with jax.enable_x64(True):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
+    return [
+        np.asarray(g).astype(np.complex128 if np.iscomplexobj(g) else np.float64)
+        for g in updates
+    ]
 
 
 def test_the_docstring_shows_what_each_dtype_and_extreme_gives():
