@@ -52,14 +52,23 @@ def error_curves(
         failure: the error above which a run counts as failed.
     """
     for index, (arm, error) in enumerate(errors.items()):
-        ax.plot(
-            steps,
-            error,
-            LINE_STYLES[index % len(LINE_STYLES)],
-            color=PALETTE[index % len(PALETTE)],
-            linewidth=2,
-            label=arm,
-        )
+        ax.plot(steps, error, **line(index), linewidth=2, label=arm)
+    failure_line(ax, failure)
+    ax.set(xscale="log", yscale="log", xlabel="step", ylabel="relative $L_2$ error")
+    ax.grid(which="major", alpha=0.3)
+    ax.legend(loc="best")
+
+
+def line(index: int) -> dict[str, str]:
+    """Colour and dashes of the arm at this place of a figure's list."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+    }
+
+
+def failure_line(ax: Axes, failure: float) -> None:
+    """The error above which a run has failed."""
     ax.axhline(failure, color="0.5", linewidth=1, linestyle=":")
     ax.annotate(
         "failed",
@@ -69,9 +78,26 @@ def error_curves(
         textcoords="offset points",
         color="0.4",
     )
-    ax.set(xscale="log", yscale="log", xlabel="step", ylabel="relative $L_2$ error")
-    ax.grid(which="major", alpha=0.3)
-    ax.legend(loc="best")
+
+
+def band(
+    ax: Axes, x: np.ndarray, values: np.ndarray, index: int, *, label: str
+) -> None:
+    """The median over seeds, f[seeds, len(x)], in a band from lowest to highest.
+
+    Where some seeds are not finite the band is that of the others; the median counts
+    them as infinite and leaves a gap where they are the majority.
+    """
+    finite = np.isfinite(values)
+    low = np.min(values, axis=0, initial=np.inf, where=finite)
+    high = np.max(values, axis=0, initial=-np.inf, where=finite)
+    ordered = np.sort(np.where(finite, values, np.inf), axis=0)
+    middle = ordered[[(len(values) - 1) // 2, len(values) // 2]].mean(axis=0)
+    style = line(index)
+    ax.fill_between(
+        x, low, high, where=low <= high, color=style["color"], alpha=0.12, linewidth=0
+    )
+    ax.plot(x, np.where(np.isfinite(middle), middle, np.nan), **style, label=label)
 
 
 def heat_map(

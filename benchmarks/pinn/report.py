@@ -1,0 +1,411 @@
+"""Tables and figures of the PINN grids, from the file of their runs alone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures are saved, no window is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import figures
+from benchmarks.pinn.train import FAILURE_ERROR
+from benchmarks.runs import Record
+from benchmarks.summary import (
+    Cell,
+    Regret,
+    Score,
+    Scores,
+    complete,
+    regret,
+    scores,
+)
+
+CELL = ("problem", "activation", "init", "depth", "width", "steps")
+# The arms of the figures with lines; tables and the regret figure have all of them.
+FOCUS = (
+    "AdamW",
+    "AdamW b2=0.9",
+    "clip 1 + AdamW",
+    "StableGrad + AdamW",
+    "StableGrad + AdamW b2=0.99",
+    "StableGrad, probe on residuals",
+    "GradientStabilizer + AdamW",
+)
+HEAT_MAPS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
+NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write `pinn.md` and, for each preset, its figures; returns their paths.
+
+    A file `pinn_<preset>_notes.md` beside them, written by hand, is put under the
+    preset's regret table.
+    """
+    by_preset: dict[str, list[Record]] = {}
+    for record in records:
+        by_preset.setdefault(record["preset"], []).append(record)
+    text, paths = [_HEAD], []
+    for preset, of_preset in by_preset.items():
+        table = scores(of_preset, CELL)
+        drawn = _draw(preset, table, provenance(of_preset), folder)
+        notes = folder / f"pinn_{preset}_notes.md"
+        text.append(_section(preset, of_preset, table, drawn, notes))
+        paths += drawn
+    markdown = folder / "pinn.md"
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text("\n".join(text))
+    return [markdown, *paths]
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """Seeds, devices and versions of runs."""
+
+    def all_of(key: str, phase: str | None = None) -> list:
+        chosen = (r for r in records if phase in (None, r["phase"]))
+        return sorted({record[key] for record in chosen})
+
+    def seeds(phase: str) -> str:
+        values = all_of("seed", phase)
+        whole = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
+        if whole:
+            return f"{values[0]} to {values[-1]}"
+        return ", ".join(map(str, values)) or "none"
+
+    return (
+        f"reported seeds {seeds('reported')}, tuning seeds {seeds('tuning')}; "
+        f"{', '.join(all_of('device'))}; jax {', '.join(all_of('jax'))}, "
+        f"stablegrad_optax {', '.join(all_of('stablegrad_optax'))}; "
+        f"{all_of('date')[0][:10]} to {all_of('date')[-1][:10]}"
+    )
+
+
+# Markdown
+
+_HEAD = f"""\
+# Physics-informed networks
+
+Written by `python -m benchmarks.report pinn` from `pinn.jsonl`; not edited by hand.
+
+Relative L2 errors after the last step. A run fails if its error is above \
+{FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set of three \
+with the lowest median error over the tuning seeds, failures last, unless the preset \
+fixes it; medians are over the reported seeds, an error counting 1 at most. All arms \
+have equal steps, initial weights and points; float32, products at the highest \
+precision; rates fall to 0 along a half cosine.
+"""
+
+
+def _section(
+    preset: str,
+    records: Sequence[Record],
+    table: Scores,
+    drawn: Sequence[Path],
+    notes: Path,
+) -> str:
+    whole = complete(table)
+    parts = [
+        f"\n## Preset {preset}\n",
+        f"{len(records)} runs, {len(whole)} cells with every arm"
+        + (f" ({len(table) - len(whole)} unfinished, left out of the regret table)")
+        * (len(table) > len(whole))
+        + f"; {provenance(records)}.\n",
+        _regret_table(regret(whole)),
+    ]
+    if notes.exists():
+        parts.append(notes.read_text().strip() + "\n")
+    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
+    parts.append(_error_tables(table))
+    return "\n".join(parts)
+
+
+def _regret_table(regrets: Sequence[Regret]) -> str:
+    if not regrets:
+        return "No cell is finished in which any arm has solved every run.\n"
+    rows = [
+        [
+            r.arm,
+            str(len(r.failed)),
+            f"{r.num_failed_runs} of {r.num_runs}",
+            f"{r.worst:.2f}",
+            f"{r.median:.2f}",
+        ]
+        for r in regrets
+    ]
+    head = [
+        "arm",
+        "cells it failed in though another arm did not",
+        "failed runs",
+        "worst ratio to the best arm of a cell",
+        "median ratio",
+    ]
+    return (
+        f"Regret over the {len(regrets[0].ratios)} cells in which at least one arm "
+        f"solved every run:\n\n{_markdown(head, rows)}"
+    )
+
+
+def _error_tables(table: Scores) -> str:
+    """For each problem, activation and initializer: arms against depths."""
+    blocks: dict[Cell, dict[int, Cell]] = {}
+    for cell in table:
+        problem, activation, init, depth, width, steps = cell
+        key = (problem, activation, init, width, steps)
+        blocks.setdefault(key, {})[depth] = cell
+    parts = []
+    for (problem, activation, init, width, steps), by_depth in blocks.items():
+        depths = sorted(by_depth)
+        columns = [table[by_depth[depth]] for depth in depths]
+        arms = list(dict.fromkeys(arm for column in columns for arm in column))
+        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        parts.append(
+            f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
+            "Median error (failed runs) at the learning rate:\n\n"
+            + _markdown(["arm", *(f"depth {depth}" for depth in depths)], rows)
+        )
+    return "\n".join(parts)
+
+
+def _entry(column: dict[str, Score], arm: str) -> str:
+    if arm not in column:
+        return "-"
+    score = column[arm]
+    best = min(other.median for other in column.values())
+    median = f"{score.median:.3g}"
+    median = f"**{median}**" if score.median <= 1.05 * best else median
+    return (
+        f"{median} ({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
+    )
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# Figures
+
+
+def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
+    drawings: dict[str, Callable[[Scores], Figure | None]] = {
+        "regret": _regret_figure,
+        "depth": _depth_figure,
+        "curves": _curves_figure,
+        "layers": _layers_figure,
+    }
+    paths = []
+    for name, draw in drawings.items():
+        figure = draw(table)
+        if figure is None:
+            continue
+        figure.supxlabel(footer, fontsize=7, color="0.3")
+        paths.append(folder / f"pinn_{preset}_{name}.png")
+        figures.save(figure, paths[-1])
+    return paths
+
+
+def _regret_figure(table: Scores) -> Figure | None:
+    """Each arm's ratio to the best arm, one dot a cell."""
+    regrets = regret(complete(table))
+    if not regrets:
+        return None
+    figure, ax = plt.subplots(
+        figsize=(8, 1.6 + 0.3 * len(regrets)), layout="constrained"
+    )
+    for row, of_arm in enumerate(regrets):
+        failed = np.array([cell in of_arm.failed for cell in of_arm.ratios])
+        ratios = np.array(list(of_arm.ratios.values()))
+        # Spread over the row, so that dots of equal cells do not hide each other.
+        height = row + np.linspace(-0.25, 0.25, len(ratios))
+        ax.plot(ratios[~failed], height[~failed], "o", color=figures.PALETTE[3], ms=4)
+        ax.plot(ratios[failed], height[failed], "x", color=figures.PALETTE[0], ms=5)
+        ax.plot([of_arm.median] * 2, [row - 0.4, row + 0.4], color="k", linewidth=1.5)
+    ax.plot([], [], "o", color=figures.PALETTE[3], ms=4, label="solved by every run")
+    ax.plot([], [], "x", color=figures.PALETTE[0], ms=5, label="failed in some run")
+    ax.plot([], [], color="k", linewidth=1.5, label="median over cells")
+    ax.axvline(1.25, color="0.5", linewidth=1, linestyle=":")
+    ax.set(
+        xscale="log",
+        xlabel="median error over that of the cell's best arm (dotted: 1.25)",
+        yticks=range(len(regrets)),
+        yticklabels=[f"{r.arm} ({len(r.failed)})" for r in regrets],
+        ylim=(len(regrets) - 0.4, -0.6),
+    )
+    ax.set_title(
+        "One dot a cell; in brackets: cells failed though another arm did not",
+        fontsize=10,
+    )
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def _depth_figure(table: Scores) -> Figure:
+    """Error against depth, one panel for each problem, activation and initializer."""
+    panels: dict[Cell, dict[int, dict[str, Score]]] = {}
+    for cell in sorted(table, key=lambda cell: cell[3]):
+        panels.setdefault(cell[:3], {})[cell[3]] = table[cell]
+    order = list(dict.fromkeys(cell[:3] for cell in table))
+    num_columns = min(4, len(order))
+    num_rows = -(-len(order) // num_columns)
+    arms = _focus(table)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(3 + 2.7 * num_columns, 1.2 + 2.5 * num_rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, name in zip(axes.flat, order, strict=False):
+        _depth_panel(ax, panels[name], arms)
+        ax.set_title(", ".join(name), fontsize=9)
+        ax.set_xlabel("depth")
+    for ax in axes.flat[len(order) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("median relative $L_2$ error")
+    _legend(figure, arms)
+    figure.suptitle(
+        "Error against depth; crosses: some runs failed, above: how many", fontsize=11
+    )
+    return figure
+
+
+def _depth_panel(
+    ax: Axes, panel: dict[int, dict[str, Score]], arms: Sequence[str]
+) -> None:
+    """One line an arm; panel: depth -> arm -> score."""
+    for index, arm in enumerate(arms):
+        points = {d: column[arm] for d, column in panel.items() if arm in column}
+        if not points:
+            continue
+        style = figures.line(index)
+        medians = [score.median for score in points.values()]
+        ax.plot(list(points), medians, **style, marker="o", markersize=3)
+        for depth, score in points.items():
+            if score.solved:
+                continue
+            ax.plot(depth, score.median, "x", color=style["color"], markersize=7)
+            ax.annotate(
+                f"{score.num_failed}/{score.num_runs}",
+                (depth, 0.99 - 0.06 * index),
+                xycoords=("data", "axes fraction"),
+                color=style["color"],
+                fontsize=6,
+                ha="center",
+                va="top",
+            )
+    figures.failure_line(ax, FAILURE_ERROR)
+    ax.set(xscale="log", yscale="log")
+    # Room for the counts where there are any.
+    if any(not s.solved for column in panel.values() for s in column.values()):
+        ax.set_ylim(top=10)
+    ax.set_xticks(list(panel), labels=[str(depth) for depth in panel])
+    ax.minorticks_off()
+    low, high = min(panel), max(panel)
+    ax.set_xlim(low / 1.5, high * 1.5)
+    ax.grid(alpha=0.3)
+
+
+def _curves_figure(table: Scores) -> Figure:
+    """Error against step and against wall-clock in the first cells."""
+    cells, arms = list(table)[:NUM_SHOWN], _focus(table)
+    figure, axes = plt.subplots(
+        len(cells),
+        2,
+        figsize=(10, 1.2 + 2.7 * len(cells)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (by_step, by_time), cell in zip(axes, cells, strict=True):
+        for index, arm in enumerate(arms):
+            if arm not in table[cell]:
+                continue
+            score = table[cell][arm]
+            steps = np.array(score.records[0]["curve"]["step"])
+            errors = np.array([r["curve"]["error"] for r in score.records], float)
+            seconds = steps * score.ms_per_step / 1e3
+            figures.band(by_step, steps, errors, index, label=arm)
+            figures.band(by_time, seconds, errors, index, label=arm)
+        for ax, label in ((by_step, "step"), (by_time, "wall-clock of a run (s)")):
+            figures.failure_line(ax, FAILURE_ERROR)
+            ax.set(xscale="log", yscale="log", xlabel=label)
+            ax.set_ylim(top=max(2.0, min(10.0, ax.get_ylim()[1])))
+            ax.grid(alpha=0.3)
+        by_step.set_ylabel("relative $L_2$ error")
+        by_step.set_title(_title(cell), fontsize=9)
+        by_time.set_title(
+            "each arm at its own rate and speed, runs side by side", fontsize=9
+        )
+    _legend(figure, arms)
+    figure.suptitle("Median over seeds; bands from lowest to highest", fontsize=11)
+    return figure
+
+
+def _layers_figure(table: Scores) -> Figure | None:
+    """Layer x step maps of the gradient's scale in the first cells, one seed."""
+    arms = [arm for arm in HEAT_MAPS if arm in _focus(table)]
+    cells = [
+        cell
+        for cell in list(table)[:NUM_SHOWN]
+        if all(arm in table[cell] for arm in arms)
+    ]
+    if not cells or not arms:
+        return None
+    maps = {
+        (cell, arm): _layer_stds(table[cell][arm].records)
+        for cell in cells
+        for arm in arms
+    }
+    limit = figures.log_limit([values for _, values in maps.values()])
+    figure, axes = plt.subplots(
+        len(cells),
+        len(arms),
+        figsize=(1.5 + 2.8 * len(arms), 1.2 + 2.4 * len(cells)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for (row, cell), (column, arm) in (
+        (r, c) for r in enumerate(cells) for c in enumerate(arms)
+    ):
+        steps, values = maps[cell, arm]
+        mesh = figures.heat_map(axes[row, column], steps, values, limit=limit)
+        axes[row, column].set_title(
+            f"{_title(cell)}\n{arm}" if column == 0 else f"\n{arm}", fontsize=8
+        )
+    figure.colorbar(
+        mesh, ax=axes, label=r"$\log_{10}$ std of $\partial L/\partial W$, unscaled"
+    )
+    figure.suptitle("Gradient scale by layer and step, first reported seed")
+    return figure
+
+
+def _layer_stds(
+    records: Sequence[Record],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    (record,) = (record for record in records if "layers" in record)
+    exponents = np.array(record["layers"], float)  # [steps, layers]
+    stds = {str(layer): 10**column for layer, column in enumerate(exponents.T)}
+    return np.array(record["curve"]["step"]), stds
+
+
+def _focus(table: Scores) -> list[str]:
+    return [arm for arm in FOCUS if any(arm in arms for arms in table.values())]
+
+
+def _title(cell: Cell) -> str:
+    problem, activation, init, depth, *_ = cell
+    return f"{problem}, {activation}, {init}, depth {depth}"
+
+
+def _legend(figure: Figure, arms: Sequence[str]) -> None:
+    lines = [plt.Line2D([], [], **figures.line(i)) for i in range(len(arms))]
+    figure.legend(
+        lines, arms, loc="outside right center", fontsize=8, title="median of"
+    )
