@@ -95,7 +95,7 @@ _PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
 PRESETS: dict[str, Preset] = {
     # Every part of the machinery, in seconds; its errors mean nothing.
     "smoke": Preset(
-        cells=_cells("poisson", ("normal 1", "uniform"), (1, 2), width=8, steps=20),
+        cells=_cells("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
         protocol=Protocol((0,), (100, 101, 102)),
         arms=("AdamW", "StableGrad + AdamW", "StableGrad, probe on residuals"),
     ),

@@ -1,0 +1,257 @@
+"""Files of runs: whole lines, resuming, the choice of a rate; what runs say."""
+
+import math
+import signal
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from benchmarks import runs
+from benchmarks.grid import run_grid
+from benchmarks.runs import Entry, Ledger, Protocol, Run, choose_learning_rate
+from benchmarks.summary import complete, regret, scores
+
+PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=(10, 11, 12))
+ENTRIES = [
+    Entry({"problem": problem, "arm": arm}, (0.1, 0.2), cost=2.0)
+    for problem in ("easy", "hard")
+    for arm in ("A", "B")
+]
+NUM_RUNS = 4 * (4 + 3)
+
+
+def result(error):
+    failed = not error <= 0.5
+    return {"error": runs.finite(error), "failed": failed, "ms_per_step": 1.0}
+
+
+def tuned(rate, *errors):
+    return [{"learning_rate": rate, **result(error)} for error in errors]
+
+
+# The file
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    path = tmp_path / "made" / "runs.jsonl"
+    assert runs.read(path) == []
+    runs.append(path, [{"a": 1}, {"a": 2.5, "b": None}])
+    runs.append(path, [{"a": "é"}])
+    assert runs.read(path) == [{"a": 1}, {"a": 2.5, "b": None}, {"a": "é"}]
+
+
+@pytest.mark.parametrize("torn", ['{"a": 2, "b"', '{"a": 2}', "{"])
+def test_a_torn_last_line_is_no_run_and_is_replaced(torn, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": 1}\n' + torn)
+    assert runs.read(path) == [{"a": 1}]
+    runs.append(path, [{"a": 3}])
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]"])
+def test_a_broken_line_elsewhere_is_named(line, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 2, is not a run"):
+        runs.read(path)
+
+
+def test_a_file_holds_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        runs.append(tmp_path / "runs.jsonl", [{"error": math.nan}])
+    assert runs.finite(math.nan) is None
+    assert runs.finite(math.inf) is None
+    assert runs.finite(0.123456, digits=3) == 0.123
+
+
+# The choice of a learning rate
+
+
+@pytest.mark.parametrize(
+    ("records", "chosen"),
+    [
+        (tuned(1, 0.3, 0.1) + tuned(2, 0.1, 0.2), 2),
+        # A failure beats no success, however low the other error.
+        (tuned(1, 0.4, 0.4) + tuned(2, 0.01, 0.6), 1),
+        (tuned(1, 0.1, 0.2, 0.9) + tuned(2, 0.3, 0.3, 0.3), 1),
+        # Both medians fail: fewer failures, then the lower error, NaN being 1.
+        (tuned(1, 0.6, 0.6) + tuned(2, 0.9, 0.4), 2),
+        (tuned(1, math.nan, math.nan) + tuned(2, 5.0, 0.9), 2),
+        (tuned(2, 0.1, 0.1) + tuned(1, 0.1, 0.1), 1),
+    ],
+)
+def test_the_lowest_median_wins_and_failures_are_last(records, chosen):
+    assert choose_learning_rate(records) == chosen
+
+
+# The grid
+
+
+class Trainer:
+    """Pretends to train; counts the runs it was asked for."""
+
+    def __init__(self, on_batch=lambda number: None):
+        self.batches = []
+        self._on_batch = on_batch
+
+    def __call__(self, batch, tick):
+        self._on_batch(len(self.batches))
+        tick()
+        self.batches.append(batch)
+        return [result(0.1 if run.learning_rate == 0.2 else 0.4) for run in batch]
+
+
+def run(trainer, path, **options):
+    return run_grid(
+        [[entry] for entry in ENTRIES],
+        PROTOCOL,
+        trainer,
+        path,
+        console=Console(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_grid_tunes_and_reports_every_entry(workers, tmp_path, capsys):
+    path, trainer = tmp_path / "runs.jsonl", Trainer()
+    assert run(trainer, path, workers=workers) == 0
+    records = runs.read(path)
+    assert len(records) == NUM_RUNS
+    reported = [r for r in records if r["phase"] == "reported"]
+    assert len(reported) == 12
+    assert {r["learning_rate"] for r in reported} == {0.2}
+    assert {"device", "jax", "date"} <= records[0].keys()
+    assert len(trainer.batches) == 8
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{NUM_RUNS} of {NUM_RUNS} runs are in {path}."
+    # Again: nothing is computed.
+    again = Trainer()
+    assert run(again, path) == 0
+    assert not again.batches
+    assert runs.read(path) == records
+
+
+def test_stopped_by_ctrl_c_it_says_so_and_goes_on_later(tmp_path, capsys):
+    def interrupt(number):
+        if number == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # for the main thread to notice, as training would
+
+    path, first = tmp_path / "runs.jsonl", Trainer(interrupt)
+    assert run(first, path) == 130
+    done = len(runs.read(path))
+    assert done == 4 + 3 + 4
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Interrupted: {done} of {NUM_RUNS} runs")
+    second = Trainer()
+    assert run(second, path) == 0
+    assert sum(map(len, first.batches)) + sum(map(len, second.batches)) == NUM_RUNS
+    assert len(runs.read(path)) == NUM_RUNS
+
+
+def test_a_killed_write_costs_the_torn_run_alone(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert run(Trainer(), path) == 0
+    text = path.read_bytes()
+    path.write_bytes(text[:-9])
+    trainer = Trainer()
+    assert run(trainer, path) == 0
+    ((recomputed,),) = trainer.batches
+    assert (recomputed.seed, recomputed.phase) == (12, "reported")
+    assert len(runs.read(path)) == NUM_RUNS
+
+
+def test_a_failing_batch_is_named_and_the_others_go_on(tmp_path, capsys):
+    def fail_at_first(number):
+        if not failures:
+            failures.append(number)
+            raise RuntimeError("out of\nmemory")
+
+    path, failures = tmp_path / "runs.jsonl", []
+    assert run(Trainer(fail_at_first), path) == 1
+    assert "A batch failed: RuntimeError: out of memory" in capsys.readouterr().out
+    assert len(runs.read(path)) == NUM_RUNS - 7
+
+
+def test_time_that_is_up_ends_it_with_what_there_is(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    slow = Trainer(lambda number: time.sleep(0.06))
+    assert run(slow, path, minutes=0.1 / 60) == 0
+    assert 0 < len(runs.read(path)) < NUM_RUNS
+    assert "Stopped after 0.00166667 minutes" in capsys.readouterr().out
+
+
+def test_other_runs_of_the_file_do_not_count():
+    of_entry = {**ENTRIES[0].settings, "learning_rate": 0.1, "phase": "tuning"}
+    others = [
+        {**of_entry, "seed": 7},  # not of the protocol
+        {**of_entry, "seed": 0, "learning_rate": 0.3},
+        {**of_entry, "seed": 0, "problem": "other"},
+    ]
+    assert Ledger(ENTRIES, PROTOCOL, others).done() == (0, 0.0)
+    ledger = Ledger(ENTRIES, PROTOCOL, [*others, {**of_entry, "seed": 0}])
+    assert ledger.done() == (1, 2.0)
+    assert len(ledger.missing(ENTRIES[:1])) == 3
+
+
+def test_one_rate_needs_no_tuning():
+    entry = Entry({"arm": "A"}, (0.1,))
+    missing = Ledger([entry], PROTOCOL).missing([entry])
+    assert missing == [
+        Run(entry.settings, 0.1, seed, "reported", detailed=seed == 10)
+        for seed in PROTOCOL.reported_seeds
+    ]
+
+
+# The regret table, against numbers worked out by hand
+
+
+def reported(problem, arm, *errors):
+    return [
+        {"problem": problem, "arm": arm, "phase": "reported", **result(error)}
+        for error in errors
+    ]
+
+
+TABLE = [
+    # A solves cell 1, B misses it once: its median is twice A's.
+    *reported("1", "A", 0.10, 0.12, 0.11),
+    *reported("1", "B", 0.20, 0.22, math.nan),
+    *reported("1", "C", 0.9, 2.0, 3.0),
+    # B is the best of cell 2, A next to it, C fails.
+    *reported("2", "A", 0.05, 0.04, 0.06),
+    *reported("2", "B", 0.04, 0.04, 0.04),
+    *reported("2", "C", 0.6, 0.1, 0.1),
+    # Nobody solves cell 3 in every run: it says nothing.
+    *reported("3", "A", 0.6, 0.6, 0.6),
+    *reported("3", "B", 0.1, 0.1, 0.7),
+    *reported("3", "C", 0.8, 0.8, 0.8),
+    # Cell 4 lacks C: it is not finished.
+    *reported("4", "A", 0.1, 0.1, 0.1),
+    *reported("4", "B", 0.1, 0.1, 0.1),
+]
+
+
+def test_the_regret_table_is_the_one_worked_out_by_hand():
+    tuning = {**TABLE[0], "phase": "tuning", "error": 1e-9}
+    table = scores([tuning, *TABLE], ("problem",))
+    assert list(table) == [("1",), ("2",), ("3",), ("4",)]
+    assert list(complete(table)) == [("1",), ("2",), ("3",)]
+    by_arm = {r.arm: r for r in regret(complete(table))}
+    assert list(by_arm) == ["A", "B", "C"]
+    assert [r.failed for r in by_arm.values()] == [(), (("1",),), (("1",), ("2",))]
+    assert [r.num_failed_runs for r in by_arm.values()] == [0, 1, 4]
+    assert {r.num_runs for r in by_arm.values()} == {6}
+    assert by_arm["A"].ratios == pytest.approx({("1",): 1.0, ("2",): 1.25})
+    assert by_arm["B"].ratios == pytest.approx({("1",): 2.0, ("2",): 1.0})
+    # Errors above 1 count as 1: 1 / 0.11.
+    assert by_arm["C"].worst == pytest.approx(1 / 0.11)
+    assert by_arm["A"].median == pytest.approx(1.125)
+
+
+def test_without_a_solved_cell_there_is_no_regret():
+    assert regret(scores(reported("3", "A", 0.6), ("problem",))) == []
