@@ -157,11 +157,10 @@ def gradient_autoscaled_normalization(
 
         arrays, treedef = jax.tree.flatten(updates)
         arrays = [jnp.asarray(array) for array in arrays]
-        moments = _statistics.means_and_deviations(arrays, layout)
-        deviations = [deviation.astype(dtype) for _, deviation in moments]
-        std, all_finite = _pool(deviations, sizes)
+        means, deviations = _statistics.means_and_deviations(arrays, layout)
+        std, all_finite = _pool(deviations.astype(dtype), sizes)
         alpha, fixed = _alpha(transform, std, exponent, state.exponent)
-        for i, (mean, _) in zip(layout.weights, moments, strict=True):
+        for i, mean in zip(layout.weights, means, strict=True):
             arrays[i] = _centre_and_scale(arrays[i], mean, alpha)
         return (
             jax.tree.unflatten(treedef, arrays),
@@ -176,18 +175,15 @@ def gradient_autoscaled_normalization(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _pool(deviations: list[jax.Array], sizes: list[int]) -> tuple[jax.Array, jax.Array]:
+def _pool(deviations: jax.Array, sizes: list[int]) -> tuple[jax.Array, jax.Array]:
     """The std of all centred entries of finite leaves, and whether all leaves are."""
-    finite = jnp.isfinite(jnp.stack(deviations))
-    shares = jnp.asarray(np.array(sizes) / sum(sizes), deviations[0].dtype)
+    finite = jnp.isfinite(deviations)
+    deviations = jnp.where(finite, deviations, 0)
+    shares = jnp.asarray(np.array(sizes) / sum(sizes), deviations.dtype)
     share = jnp.where(finite, shares, 0).sum()
-    std = _statistics.pooled([_finite_or_0(std)[None] for std in deviations], sizes)
-    return std / jnp.sqrt(jnp.where(share == 0, 1, share)), finite.all()
-
-
-@jax.jit
-def _finite_or_0(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, 0)
+    roots = jnp.sqrt(shares / jnp.where(share == 0, 1, share))
+    rms = _statistics.pooled([deviations * roots], [1])
+    return rms * float(np.sqrt(len(sizes))), finite.all()
 
 
 def _alpha(

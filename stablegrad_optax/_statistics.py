@@ -167,7 +167,7 @@ def _careful_root(
 
 def means_and_deviations(
     arrays: Sequence[jax.Array], layout: Layout
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> tuple[list[jax.Array], jax.Array]:
     """The mean and the standard deviation of every slice of every weight.
 
     The deviation, not floored, is right to 1e-5 relative between 1e-36 and 1e37 as far
@@ -176,28 +176,27 @@ def means_and_deviations(
 
     Args:
       arrays: The leaves of the tree.
-      layout: Which of them are weights, and how they are stacked.
+      layout: Which of them are weights, at least one, and how they are stacked.
 
     Returns:
-      Per weight its mean, complex for complex leaves, and its deviation, each f[stack]
-      in the leaf's statistics dtype.
+      One mean f[stack] per weight in the leaf's statistics dtype, complex for complex
+      leaves, and the vector f[slices] of all deviations in the widest of them.
     """
     weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
-    if not weights:
-        return []
     moments = [_moments(array, leaf.num_stacked) for array, leaf in weights]
     dtype = widest_statistics_dtype([leaf for _, leaf in weights])
     mean_square = vector([square for _, square in moments], dtype)
     variance = mean_square - vector([_abs_squared(mean) for mean, _ in moments], dtype)
 
-    def careful() -> list[tuple[jax.Array, jax.Array]]:
-        return [
+    def careful() -> tuple[list[jax.Array], jax.Array]:
+        pairs = [
             _careful_deviation(array, mean_square, leaf.num_stacked)
             for (array, leaf), (_, mean_square) in zip(weights, moments, strict=True)
         ]
+        return [mean for mean, _ in pairs], vector([std for _, std in pairs], dtype)
 
-    def fast() -> list[tuple[jax.Array, jax.Array]]:
-        return [_fast_deviation(mean, square) for mean, square in moments]
+    def fast() -> tuple[list[jax.Array], jax.Array]:
+        return [mean for mean, _ in moments], safe_sqrt(variance)
 
     lost = _out_of_range(mean_square, layout) | (
         variance < CANCELLATION[1] * mean_square
@@ -223,13 +222,6 @@ def _careful_deviation(
     rest = lax.optimization_barrier(rest)  # see _careful_spread
     variance = lax.max(square - _abs_squared(rest), jnp.zeros_like(square))
     return (mean + rest) * undo.astype(mean.dtype), safe_sqrt(variance) * undo
-
-
-@jax.jit
-def _fast_deviation(
-    mean: jax.Array, mean_square: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return mean, safe_sqrt(mean_square - _abs_squared(mean))
 
 
 def pooled(values: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
