@@ -157,10 +157,13 @@ def gradient_autoscaled_normalization(
 
         arrays, treedef = jax.tree.flatten(updates)
         arrays = [jnp.asarray(array) for array in arrays]
-        means, deviations = _statistics.means_and_deviations(arrays, layout)
+        weights = [layout.leaves[i] for i in layout.weights]
+        starts = _statistics.positions(state.scale_factors, weights)
+        means, deviations = _statistics.means_and_deviations(arrays, layout, starts)
         std, all_finite = _pool(deviations.astype(dtype), sizes)
         alpha, fixed = _alpha(transform, std, exponent, state.exponent)
-        for i, mean in zip(layout.weights, means, strict=True):
+        of_leaves = _statistics.entries(means, weights, starts)
+        for i, mean in zip(layout.weights, of_leaves, strict=True):
             arrays[i] = _centre_and_scale(arrays[i], mean, alpha)
         return (
             jax.tree.unflatten(treedef, arrays),
@@ -182,7 +185,7 @@ def _pool(deviations: jax.Array, sizes: list[int]) -> tuple[jax.Array, jax.Array
     shares = jnp.asarray(np.array(sizes) / sum(sizes), deviations.dtype)
     share = jnp.where(finite, shares, 0).sum()
     roots = jnp.sqrt(shares / jnp.where(share == 0, 1, share))
-    rms = _statistics.pooled([deviations * roots], [1])
+    rms = _statistics.pooled(deviations * roots, np.ones(len(sizes)))
     return rms * float(np.sqrt(len(sizes))), finite.all()
 
 
@@ -212,5 +215,7 @@ def _alpha(
 def _centre_and_scale(
     array: jax.Array, mean: jax.Array, factor: jax.Array
 ) -> jax.Array:
-    centred = array.astype(mean.dtype) - mean
+    dtype = np.result_type(_leaves.statistics_dtype(array.dtype), array.dtype)
+    mean = mean if jnp.iscomplexobj(array) else mean.real
+    centred = array.astype(dtype) - mean.astype(dtype)
     return _leaves.scale(centred, factor).astype(array.dtype)

@@ -220,7 +220,9 @@ def gradient_stabilizer(
 
         arrays, treedef = jax.tree.flatten(updates)
         arrays = [jnp.asarray(array) for array in arrays]
-        norm = _statistics.vector(_statistics.norms(arrays, layout), dtype)
+        weights = [layout.leaves[i] for i in layout.weights]
+        starts = _statistics.positions(state.scale_factors, weights)
+        norm = _statistics.norms(arrays, layout, starts).astype(dtype)
         norm = norm if per_leaf else _of_all(norm)
         accepted = jnp.isfinite(norm) & (norm > 0)
         safe_norm = jnp.where(accepted, norm, 1)
@@ -245,7 +247,7 @@ def gradient_stabilizer(
         factors = jnp.broadcast_to(factor, state.scale_factors.shape)
         of_leaves = [factor[0]] * len(layout.weights)
         if per_leaf:
-            of_leaves = _statistics.entries(factor)
+            of_leaves = _statistics.entries(factor, weights, starts)
         for i, of_leaf in zip(layout.weights, of_leaves, strict=True):
             arrays[i] = scale(arrays[i], of_leaf)
         return jax.tree.unflatten(treedef, arrays), GradientStabilizerState(
@@ -265,7 +267,7 @@ def _has_gradient(leaf: _leaves.Leaf) -> bool:
 
 def _of_all(norms: jax.Array) -> jax.Array:
     """The norm f[1] of all leaves together, saturating."""
-    rms = _statistics.pooled([norms], [1])
+    rms = _statistics.pooled(norms, np.ones(norms.size))
     largest = float(jnp.finfo(norms.dtype).max)
     return jnp.minimum(rms * float(np.sqrt(norms.size)), largest)[None]
 

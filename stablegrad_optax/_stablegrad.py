@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 
 from stablegrad_optax import _leaves, _statistics
 from stablegrad_optax._checks import require_number, require_scalar
+
+Indices = npt.NDArray[np.int64]
 
 REFERENCE_DECAY = 0.95  # of the running mean behind max_reference_growth
 
@@ -230,18 +233,18 @@ def stablegrad(
         arrays, treedef = jax.tree.flatten(updates)
         for i in layout.sources:
             arrays[i] = jnp.asarray(arrays[i])  # NumPy arrays and Python numbers
-        spreads = _followed(_statistics.spreads(arrays, layout), layout)
-        floor = jnp.asarray(eps, dtype)
-        factors = {
-            i: _factor(reference, spread.astype(dtype), floor)
-            for i, spread in spreads.items()
-        }
-        for i, factor in factors.items():
-            arrays[i] = _leaves.scale(arrays[i], factor)
+        groups = _group(layout)
+        starts = _statistics.positions(state.grad_std, groups.leaves)
+        spreads = _statistics.spreads(arrays, layout, starts[: len(layout.weights)])
+        spreads = _pool(spreads.astype(dtype), groups)
+        factors = _factors(reference, spreads, jnp.asarray(eps, dtype))
+        of_groups = _statistics.entries(factors, groups.leaves, starts)
+        for i, group in zip(layout.sources, groups.of_scaled, strict=True):
+            arrays[i] = _leaves.scale(arrays[i], of_groups[group])
         return jax.tree.unflatten(treedef, arrays), StableGradState(
             reference_std=reference,
-            grad_std=_statistics.vector(spreads.values(), dtype),
-            scale_factors=_statistics.vector(factors.values(), dtype),
+            grad_std=spreads[groups.slices],
+            scale_factors=factors[groups.slices],
             leaf_ids=state.leaf_ids,
             reference_mean=mean,
             reference_count=count,
@@ -250,70 +253,64 @@ def stablegrad(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _followed(
-    weight_spreads: list[jax.Array], layout: _leaves.Layout
-) -> dict[int, jax.Array]:
-    """For each scaled leaf the spread f[stack] that its factor divides by.
+class _Groups(NamedTuple):
+    """Scaled leaves that share their factors: with each weight, then with each pool."""
 
-    A weight has its own. A follower has that of the weights it follows, pooled where
-    they are several: slice by slice those that are stacked like it, and the whole of
-    the others.
+    leaves: list[_leaves.Leaf]  # one of each group
+    pools: list[tuple[Indices, Indices]]  # weights' slices [k, slices], their sizes [k]
+    of_scaled: list[int]  # the group of each scaled leaf
+    slices: Indices  # for each slice of each scaled leaf, its place among the groups'
+
+
+def _group(layout: _leaves.Layout) -> _Groups:
+    """Groups the scaled leaves.
+
+    A follower shares the factors of the weight it follows, or of several pooled: slice
+    by slice those that are stacked like it, and the whole of the others.
     """
-    own = dict(zip(layout.weights, weight_spreads, strict=True))
-    pools: dict[tuple[Any, ...], jax.Array] = {}
-    spreads = {}
+    weights = [layout.leaves[i] for i in layout.weights]
+    slices = dict(zip(layout.weights, _slices(weights), strict=True))
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {
+        ((i,), layout.leaves[i].stack): n for n, i in enumerate(layout.weights)
+    }
+    leaves, pools, of_scaled = list(weights), [], []
     for i, sources in layout.sources.items():
         leaf = layout.leaves[i]
-        if i in own:
-            spreads[i] = own[i]
-            continue
-        key = (leaf.parent, leaf.stack)
-        if key not in pools:
-            pools[key] = _pool(sources, leaf.stack, own, layout)
-        spreads[i] = pools[key]
-    return spreads
+        key = (sources, leaf.stack)
+        if key not in groups:
+            groups[key] = len(leaves)
+            leaves.append(leaf)
+            rows, sizes = [], []
+            for j in sources:
+                source = layout.leaves[j]
+                alike = source.stack == leaf.stack
+                row = slices[j][None] if alike else slices[j][:, None]
+                rows.append(np.broadcast_to(row, (len(row), leaf.num_slices)))
+                sizes.append(np.full(len(row), source.slice_size))
+            pools.append((np.concatenate(rows), np.concatenate(sizes)))
+        of_scaled.append(groups[key])
+    place = _slices(leaves)
+    chosen = [np.zeros(0, np.int64), *(place[group] for group in of_scaled)]
+    return _Groups(leaves, pools, of_scaled, np.concatenate(chosen))
 
 
-def _pool(
-    sources: tuple[int, ...],
-    stack: tuple[int, ...],
-    own: dict[int, jax.Array],
-    layout: _leaves.Layout,
-) -> jax.Array:
-    if len(sources) == 1 and layout.leaves[sources[0]].stack == stack:
-        return own[sources[0]]
-    dtype = np.result_type(*{own[i].dtype for i in sources})
-    rows = []
-    for i in sources:
-        alike = layout.leaves[i].stack == stack
-        row = own[i][None] if alike else own[i].reshape(-1, *(1,) * len(stack))
-        rows.append(jnp.broadcast_to(row, (len(row), *stack)).astype(dtype))
-    return _statistics.pooled(rows, [layout.leaves[i].slice_size for i in sources])
+def _slices(leaves: list[_leaves.Leaf]) -> list[Indices]:
+    """The places of each leaf's slices in a vector of all."""
+    ends = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])
+    return [np.arange(*ends[i : i + 2]) for i in range(len(leaves))]
 
 
-@jax.jit
-def _factor(reference: jax.Array, spread: jax.Array, eps: jax.Array) -> jax.Array:
+def _pool(spreads: jax.Array, groups: _Groups) -> jax.Array:
+    """The spreads of the weights f[slices], and after them those of the pools."""
+    pools = [_statistics.pooled(spreads[rows], sizes) for rows, sizes in groups.pools]
+    return _statistics.concatenate([spreads, *pools])
+
+
+def _factors(reference: jax.Array, spreads: jax.Array, eps: jax.Array) -> jax.Array:
     """The factor of each slice: 1 where there is nothing to scale."""
-    zero = spread == 0
-    return jnp.where(zero, 1, _divide(reference, jnp.where(zero, 1, spread + eps)))
-
-
-@jax.custom_jvp
-def _divide(reference: jax.Array, spreads: jax.Array) -> jax.Array:
-    """``reference / spreads``, saturating, with derivatives that do not overflow."""
-    largest = float(jnp.finfo(spreads.dtype).max)
-    return jnp.minimum(reference / spreads, largest)
-
-
-@_divide.defjvp
-def _divide_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    reference, spreads = primals
-    reference_dot, spreads_dot = tangents
-    factors = _divide(reference, spreads)
-    # Two divisions in a row: the square of a small spread would underflow.
-    return factors, reference_dot / spreads - spreads_dot / spreads * factors
+    zero = spreads == 0
+    factors = _statistics.divide(reference, jnp.where(zero, 1, spreads + eps))
+    return jnp.where(zero, 1, factors)
 
 
 def _limit(

@@ -6,24 +6,24 @@ sharded. Where that would lose digits, one ``lax.cond`` on one scalar takes a ca
 path for the whole tree: the same sums, each slice times its own exact power of two,
 and the squares about the mean.
 
-Statistics are lists with an array per weight, of the shape of its stack: () for a leaf
-that is one layer. The leaves of a network often share their shapes, and operations on
-one leaf alone then compile to one kernel for all of them, which slices of a common
-vector do not.
+A statistic is one vector with an entry per slice of each weight, in the order of the
+tree. All arithmetic but the sums themselves is on such vectors: what a program does
+for every leaf is what it costs to compile.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from stablegrad_optax._leaves import (
     Layout,
+    Leaf,
     statistics_dtype,
     widest_statistics_dtype,
 )
@@ -37,6 +37,10 @@ SPREAD_FLOOR = 0.1
 CANCELLATION = (0.5 * SPREAD_FLOOR**2, 0.2)
 
 
+# Where each leaf's slices begin in a vector of slices, u32[] each.
+Starts = Sequence[jax.Array]
+
+
 class _Range(NamedTuple):
     """Binary exponents: which mean squares need a scaling, and which one."""
 
@@ -48,7 +52,7 @@ class _Range(NamedTuple):
 _RANGES = {4: _Range(-100, 70, -80), 8: _Range(-960, 540, -560)}  # by bytes
 
 
-def spreads(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
+def spreads(arrays: Sequence[jax.Array], layout: Layout, starts: Starts) -> jax.Array:
     """The floored standard deviation of every slice of every weight.
 
     ``max(sigma, rms / 10)`` with the population standard deviation sigma: right to
@@ -58,116 +62,38 @@ def spreads(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     Args:
       arrays: The leaves of the tree.
       layout: Which of them are weights, and how they are stacked.
+      starts: The :func:`positions` of the weights.
 
     Returns:
-      One f[stack] per weight, in the leaf's statistics dtype.
+      f[slices], in the widest statistics dtype of the weights.
     """
-    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
-    if not weights:
-        return []
-    moments = [_moments(array, leaf.num_stacked) for array, leaf in weights]
-    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
-    mean_square = vector([square for _, square in moments], dtype)
-    variance = mean_square - vector([_abs_squared(mean) for mean, _ in moments], dtype)
+    weights = _weights(arrays, layout, starts)
+    if not weights.leaves:
+        return weights.sizes
+    mean, mean_square = weights.means([_itself, _square])
+    variance = mean_square - _square(mean)
     low, high = CANCELLATION
     cancelled = (variance > low * mean_square) & (variance < high * mean_square)
+    scale, undo, out_of_range = _scaling(mean_square, weights.leaves)
 
-    def careful() -> list[jax.Array]:
-        return [
-            _careful_spread(array, mean_square, leaf.num_stacked)
-            for (array, leaf), (_, mean_square) in zip(weights, moments, strict=True)
-        ]
+    def careful() -> jax.Array:
+        (mean,) = weights.means([_times], scale)
+        (variance,) = weights.means([_square_about], scale, mean)
+        return _spread(variance, variance + _square(mean)) * undo
 
-    def fast() -> list[jax.Array]:
-        return [
-            _spread(square - _abs_squared(mean), square) for mean, square in moments
-        ]
+    def fast() -> jax.Array:
+        return _spread(mean_square - _square(mean), mean_square)
 
-    lost = _out_of_range(mean_square, layout) | cancelled
-    return lax.cond(lost.any(), careful, fast)
-
-
-@partial(jax.jit, static_argnames="num_stacked")
-def _careful_spread(
-    array: jax.Array, mean_square: jax.Array, num_stacked: int
-) -> jax.Array:
-    scale, undo = _scaling(mean_square)
-    # Without the barrier XLA shares the product between the sums and writes it out.
-    one, another = lax.optimization_barrier((array, array))
-    mean = _mean(one, num_stacked, lambda x: x * _per_slice(scale, x))
-    variance = _mean(
-        another,
-        num_stacked,
-        lambda x: _abs_squared(x * _per_slice(scale, x) - _per_slice(mean, x)),
-    )
-    # XLA would pull the division by the size out of the square, which then overflows.
-    mean = lax.optimization_barrier(mean)
-    return _spread(variance, variance + _abs_squared(mean)) * undo
-
-
-@jax.jit
-def _fast_spread(mean: jax.Array, mean_square: jax.Array) -> jax.Array:
-    return _spread(mean_square - _abs_squared(mean), mean_square)
+    return lax.cond((out_of_range | cancelled).any(), careful, fast)
 
 
 def _spread(variance: jax.Array, mean_square: jax.Array) -> jax.Array:
     return safe_sqrt(lax.max(variance, mean_square * SPREAD_FLOOR**2))
 
 
-def norms(arrays: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
-    """The Euclidean norm of every slice of every weight.
-
-    Right to 1e-5 relative between 1e-36 and the dtype's maximum, where it saturates; 0
-    for zeros, not finite for a slice that is not finite.
-
-    Args:
-      arrays: The leaves of the tree.
-      layout: Which of them are weights, and how they are stacked.
-
-    Returns:
-      One f[stack] per weight, in the leaf's statistics dtype.
-    """
-    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
-    if not weights:
-        return []
-    mean_squares = [_mean_square(array, leaf.num_stacked) for array, leaf in weights]
-    roots = [math.sqrt(leaf.slice_size) for _, leaf in weights]
-
-    def careful() -> list[jax.Array]:
-        return [
-            _careful_root(array, mean_square, leaf.num_stacked, root)
-            for (array, leaf), mean_square, root in zip(
-                weights, mean_squares, roots, strict=True
-            )
-        ]
-
-    def fast() -> list[jax.Array]:
-        return [
-            safe_sqrt(mean_square) * root
-            for mean_square, root in zip(mean_squares, roots, strict=True)
-        ]
-
-    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
-    lost = _out_of_range(vector(mean_squares, dtype), layout)
-    return lax.cond(lost.any(), careful, fast)
-
-
-@partial(jax.jit, static_argnames="num_stacked")
-def _careful_root(
-    array: jax.Array, mean_square: jax.Array, num_stacked: int, root_size: float
-) -> jax.Array:
-    scale, undo = _scaling(mean_square)
-    mean_square = _mean(
-        array, num_stacked, lambda x: _abs_squared(x * _per_slice(scale, x))
-    )
-    norm = safe_sqrt(mean_square) * root_size
-    largest = float(jnp.finfo(norm.dtype).max)
-    return jnp.where(jnp.isfinite(norm), jnp.minimum(norm * undo, largest), norm)
-
-
 def means_and_deviations(
-    arrays: Sequence[jax.Array], layout: Layout
-) -> tuple[list[jax.Array], jax.Array]:
+    arrays: Sequence[jax.Array], layout: Layout, starts: Starts
+) -> tuple[jax.Array, jax.Array]:
     """The mean and the standard deviation of every slice of every weight.
 
     The deviation, not floored, is right to 1e-5 relative between 1e-36 and 1e37 as far
@@ -176,97 +102,121 @@ def means_and_deviations(
 
     Args:
       arrays: The leaves of the tree.
-      layout: Which of them are weights, at least one, and how they are stacked.
+      layout: Which of them are weights, and how they are stacked.
+      starts: The :func:`positions` of the weights.
 
     Returns:
-      One mean f[stack] per weight in the leaf's statistics dtype, complex for complex
-      leaves, and the vector f[slices] of all deviations in the widest of them.
+      The means, complex where a leaf is, and the deviations, each f[slices] in the
+      widest statistics dtype of the weights.
     """
-    weights = [(arrays[i], layout.leaves[i]) for i in layout.weights]
-    moments = [_moments(array, leaf.num_stacked) for array, leaf in weights]
-    dtype = widest_statistics_dtype([leaf for _, leaf in weights])
-    mean_square = vector([square for _, square in moments], dtype)
-    variance = mean_square - vector([_abs_squared(mean) for mean, _ in moments], dtype)
+    weights = _weights(arrays, layout, starts)
+    if not weights.leaves:
+        return weights.sizes, weights.sizes
+    mean, mean_square = weights.means([_itself, _square])
+    cancelled = mean_square - _square(mean) < CANCELLATION[1] * mean_square
+    scale, undo, out_of_range = _scaling(mean_square, weights.leaves)
 
-    def careful() -> tuple[list[jax.Array], jax.Array]:
-        pairs = [
-            _careful_deviation(array, mean_square, leaf.num_stacked)
-            for (array, leaf), (_, mean_square) in zip(weights, moments, strict=True)
-        ]
-        return [mean for mean, _ in pairs], vector([std for _, std in pairs], dtype)
+    def careful() -> tuple[jax.Array, jax.Array]:
+        (mean,) = weights.means([_times], scale)
+        # What a sum in float32 leaves of a mean that dominates, and squares about it.
+        rest, square = weights.means([_about, _square_about], scale, mean)
+        variance = lax.max(square - _square(rest), jnp.zeros_like(square))
+        return (mean + rest) * undo.astype(mean.dtype), safe_sqrt(variance) * undo
 
-    def fast() -> tuple[list[jax.Array], jax.Array]:
-        return [mean for mean, _ in moments], safe_sqrt(variance)
+    def fast() -> tuple[jax.Array, jax.Array]:
+        return mean, safe_sqrt(mean_square - _square(mean))
 
-    lost = _out_of_range(mean_square, layout) | (
-        variance < CANCELLATION[1] * mean_square
-    )
-    return lax.cond(lost.any(), careful, fast)
+    return lax.cond((out_of_range | cancelled).any(), careful, fast)
 
 
-@partial(jax.jit, static_argnames="num_stacked")
-def _careful_deviation(
-    array: jax.Array, mean_square: jax.Array, num_stacked: int
-) -> tuple[jax.Array, jax.Array]:
-    scale, undo = _scaling(mean_square)
+def norms(arrays: Sequence[jax.Array], layout: Layout, starts: Starts) -> jax.Array:
+    """The Euclidean norm of every slice of every weight.
 
-    # Products that are equal XLA shares between the sums and writes out; hence the
-    # further powers of two.
-    def centred(x: jax.Array, unit: float) -> jax.Array:
-        return x * _per_slice(unit * scale, x) - _per_slice(unit * mean, x)
-
-    mean = _mean(array, num_stacked, lambda x: x * _per_slice(scale, x))
-    # What a sum in float32 leaves of a mean that dominates, and squares about it.
-    rest = _mean(array, num_stacked, lambda x: centred(x, 2.0)) * 0.5
-    square = _mean(array, num_stacked, lambda x: _abs_squared(centred(x, 0.5))) * 4
-    rest = lax.optimization_barrier(rest)  # see _careful_spread
-    variance = lax.max(square - _abs_squared(rest), jnp.zeros_like(square))
-    return (mean + rest) * undo.astype(mean.dtype), safe_sqrt(variance) * undo
-
-
-def pooled(values: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
-    """``sqrt(sum n d^2 / sum n)`` along a new first axis of equally shaped arrays.
+    Right to 1e-5 relative between 1e-36 and the dtype's maximum, where it saturates; 0
+    for zeros, not finite for a slice that is not finite.
 
     Args:
-      values: Spreads d, each f[slices, *stack].
-      sizes: For each of them n, the number of elements of one slice.
+      arrays: The leaves of the tree.
+      layout: Which of them are weights, and how they are stacked.
+      starts: The :func:`positions` of the weights.
 
     Returns:
-      f[*stack].
+      f[slices], in the widest statistics dtype of the weights.
     """
-    stacked = jnp.concatenate(values)
-    weights = np.repeat(sizes, [len(value) for value in values])
-    shares = (weights / weights.sum()).astype(stacked.dtype)
+    weights = _weights(arrays, layout, starts)
+    if not weights.leaves:
+        return weights.sizes
+    (mean_square,) = weights.means([_square])
+    root_size = jnp.sqrt(weights.sizes)
+    scale, undo, out_of_range = _scaling(mean_square, weights.leaves)
+
+    def careful() -> jax.Array:
+        (mean_square,) = weights.means([_square_times], scale)
+        norm = safe_sqrt(mean_square) * root_size
+        largest = float(jnp.finfo(norm.dtype).max)
+        return jnp.where(jnp.isfinite(norm), jnp.minimum(norm * undo, largest), norm)
+
+    def fast() -> jax.Array:
+        return safe_sqrt(mean_square) * root_size
+
+    return lax.cond(out_of_range.any(), careful, fast)
+
+
+def pooled(values: jax.Array, sizes: npt.ArrayLike) -> jax.Array:
+    """``sqrt(sum n d^2 / sum n)`` along the first axis.
+
+    Args:
+      values: Spreads d, f[k, ...].
+      sizes: For each of them n, the number of elements of one slice, [k].
+
+    Returns:
+      f[...].
+    """
+    shares = (np.asarray(sizes) / np.sum(sizes)).astype(values.dtype)
     # Relative to the largest of them, no square leaves the range.
-    largest = lax.stop_gradient(stacked.max(0))
-    invertible = float(jnp.finfo(stacked.dtype).max) / 16
+    largest = lax.stop_gradient(values.max(0))
+    invertible = float(jnp.finfo(values.dtype).max) / 16
     unit = jnp.where(largest == 0, 1, jnp.minimum(largest, invertible))
-    mean_square = jnp.tensordot(shares, (stacked / unit) ** 2, 1)
+    mean_square = jnp.tensordot(shares, (values / unit) ** 2, 1)
     return safe_sqrt(mean_square) * unit
 
 
-def vector(values: Iterable[jax.Array], dtype: Any) -> jax.Array:
-    """One vector of all entries, f[0] where there are none."""
-    flat = [value.astype(dtype).reshape(-1) for value in values]
-    return lax.concatenate(flat, 0) if flat else jnp.zeros(0, dtype)
+def concatenate(vectors: Sequence[jax.Array], block: int = 32) -> jax.Array:
+    """One vector; in blocks, for one operation takes quadratic time to compile."""
+    while len(vectors) > 1:
+        vectors = [
+            lax.concatenate(vectors[i : i + block], 0)
+            for i in range(0, len(vectors), block)
+        ]
+    return vectors[0]
 
 
-def entries(values: jax.Array) -> list[jax.Array]:
-    """The entries of a vector, an f[] each, for operations on one leaf alone.
+def positions(values: jax.Array, leaves: Sequence[Leaf]) -> Starts:
+    """Where each leaf's slices begin in a vector of slices, u32[] each.
 
-    XLA would fuse a constant slice into whatever uses it, and the kernels of every leaf
-    would be their own: 20 ms of compilation each. The positions that come out of a
-    conditional are no constants, and one kernel serves all leaves of a shape.
+    XLA would fuse a slice at a constant into whatever uses it, and the kernels of every
+    leaf would be their own: 20 ms of compilation each. The results of a conditional are
+    no constants, and one kernel serves all leaves of a shape.
+
+    Args:
+      values: Any vector that is not a constant of the program.
+      leaves: Those whose slices the vector holds, one after another.
     """
+    first = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])[:-1]
 
-    def positions() -> list[jax.Array]:
-        return [jnp.asarray(i, jnp.int32) for i in range(values.size)]
+    def starts() -> list[jax.Array]:
+        return [jnp.asarray(start, jnp.uint32) for start in first]
 
-    if values.size < 2:
-        return [values.reshape(()) for _ in range(values.size)]
+    return lax.cond(values[0] == 0, starts, starts) if leaves else []
+
+
+def entries(
+    values: jax.Array, leaves: Sequence[Leaf], starts: Starts
+) -> list[jax.Array]:
+    """The entries of a vector of slices that belong to each leaf, f[stack]."""
     return [
-        lax.dynamic_index_in_dim(values, i, keepdims=False)
-        for i in lax.cond(values[0] == 0, positions, positions)
+        lax.dynamic_slice(values, (start,), (leaf.num_slices,)).reshape(leaf.stack)
+        for start, leaf in zip(starts, leaves, strict=True)
     ]
 
 
@@ -295,66 +245,117 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-@partial(jax.jit, static_argnames="num_stacked")
-def _moments(array: jax.Array, num_stacked: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and mean squared modulus of each slice."""
-    one, another = array, array
-    if array.dtype != statistics_dtype(array.dtype):
-        # Without the barrier XLA shares the conversion and writes it out.
-        one, another = lax.optimization_barrier((array, array))
-    return _mean(one, num_stacked, lambda x: x), _mean_square(another, num_stacked)
+class _Weights(NamedTuple):
+    """The leaves that are measured."""
+
+    arrays: list[jax.Array]
+    leaves: list[Leaf]
+    starts: Starts
+    sizes: jax.Array  # f[slices], elements of each slice
+
+    def means(
+        self, functions: Sequence[Callable[..., jax.Array]], *vectors: jax.Array
+    ) -> list[jax.Array]:
+        """The mean over each slice of functions of its entries, f[slices] each.
+
+        A function is given an array and its leaf's entries of the vectors.
+        """
+        # XLA would share conversions and products between the sums, and write them out.
+        copies = lax.optimization_barrier([(self.arrays, vectors)] * len(functions))
+        return [
+            self._mean(function, *copy)
+            for function, copy in zip(functions, copies, strict=True)
+        ]
+
+    def _mean(
+        self,
+        function: Callable[..., jax.Array],
+        arrays: list[jax.Array],
+        vectors: Sequence[jax.Array],
+    ) -> jax.Array:
+        values = [entries(vector, self.leaves, self.starts) for vector in vectors]
+        sums = [
+            _sum(function, leaf.num_stacked, array, *(value[i] for value in values))
+            for i, (array, leaf) in enumerate(zip(arrays, self.leaves, strict=True))
+        ]
+        dtype = np.result_type(self.sizes.dtype, *{each.dtype for each in sums})
+        total = concatenate([each.astype(dtype) for each in sums])
+        # XLA would pull the division out of the mean's square, and let it overflow.
+        return lax.optimization_barrier(total / self.sizes.astype(dtype))
 
 
-@partial(jax.jit, static_argnames="num_stacked")
-def _mean_square(array: jax.Array, num_stacked: int) -> jax.Array:
-    return _mean(array, num_stacked, _abs_squared)
+def _weights(arrays: Sequence[jax.Array], layout: Layout, starts: Starts) -> _Weights:
+    leaves = [layout.leaves[i] for i in layout.weights]
+    sizes = [np.full(leaf.num_slices, max(leaf.slice_size, 1)) for leaf in leaves]
+    size = np.concatenate([np.zeros(0), *sizes])
+    return _Weights(
+        [arrays[i] for i in layout.weights],
+        leaves,
+        starts,
+        jnp.asarray(size, widest_statistics_dtype(leaves)),
+    )
 
 
-def _mean(
-    array: jax.Array, num_stacked: int, function: Callable[[jax.Array], jax.Array]
+@partial(jax.jit, static_argnums=(0, 1))
+def _sum(
+    function: Callable[..., jax.Array],
+    num_stacked: int,
+    array: jax.Array,
+    *values: jax.Array,
 ) -> jax.Array:
-    """The mean of a function of the entries over each slice, in wide precision."""
-    dtype = statistics_dtype(array.dtype)
-    if jnp.iscomplexobj(array):
-        dtype = np.result_type(dtype, np.complex64)
+    """The sum over each slice in wide precision, f[slices of the leaf]."""
+    dtype = np.result_type(statistics_dtype(array.dtype), array.dtype)
+    if not jnp.iscomplexobj(array):
+        values = tuple(value.real for value in values)
+    per_slice = [
+        value.astype(dtype).reshape(value.shape + (1,) * (array.ndim - num_stacked))
+        for value in values
+    ]
     axes = tuple(range(num_stacked, array.ndim))
-    size = math.prod(array.shape[num_stacked:])
-    total = jnp.sum(function(array.astype(dtype)), axes)
-    return _replicated(total / max(size, 1))
+    total = jnp.sum(function(array.astype(dtype), *per_slice), axes)
+    return _replicated(total).reshape(-1)
 
 
-def _per_slice(value: jax.Array, x: jax.Array) -> jax.Array:
-    """Values of the slices, shaped to be combined with the entries."""
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)).astype(x.dtype)
+def _itself(x: jax.Array) -> jax.Array:
+    return x
 
 
-def _abs_squared(x: jax.Array) -> jax.Array:
+def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * scale
+
+
+def _about(x: jax.Array, scale: jax.Array, mean: jax.Array) -> jax.Array:
+    return x * scale - mean
+
+
+def _square(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-def _out_of_range(mean_square: jax.Array, layout: Layout) -> jax.Array:
-    lowest = [
-        np.full(leaf.num_slices, 2.0 ** _range(statistics_dtype(leaf.dtype)).lowest)
-        for leaf in (layout.leaves[i] for i in layout.weights)
-    ]
-    small = mean_square < np.concatenate(lowest).astype(mean_square.dtype)
-    return small | ~jnp.isfinite(mean_square)
+def _square_times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return _square(x * scale)
 
 
-def _scaling(mean_square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The power of two that brings squares into range, and its inverse."""
-    lowest, up, down = _range(mean_square.dtype)
-    small, finite = mean_square < 2.0**lowest, jnp.isfinite(mean_square)
-
-    def choose(up: int, down: int) -> jax.Array:
-        unscaled = jnp.ones_like(mean_square)
-        return jnp.where(small, 2.0**up, jnp.where(finite, unscaled, 2.0**down))
-
-    return choose(up, down), choose(-up, -down)
+def _square_about(x: jax.Array, scale: jax.Array, mean: jax.Array) -> jax.Array:
+    return _square(x * scale - mean)
 
 
-def _range(dtype: Any) -> _Range:
-    return _RANGES[np.dtype(dtype).itemsize]
+def _scaling(
+    mean_square: jax.Array, leaves: Sequence[Leaf]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The power of two that brings squares into range, its inverse, where it is not 1.
+
+    It is computed before the conditional: XLA would fuse it into each leaf's sums.
+    """
+    ranges = [_RANGES[statistics_dtype(leaf.dtype).itemsize] for leaf in leaves]
+    exponents = np.repeat(ranges, [leaf.num_slices for leaf in leaves], axis=0)
+    lowest, up, down = np.exp2(exponents.T).astype(mean_square.dtype)
+    small, finite = mean_square < lowest, jnp.isfinite(mean_square)
+
+    def choose(up: Any, down: Any) -> jax.Array:
+        return jnp.where(small, up, jnp.where(finite, 1, down))
+
+    return choose(up, down), choose(1 / up, 1 / down), small | ~finite
 
 
 def _replicated(x: jax.Array) -> jax.Array:

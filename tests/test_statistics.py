@@ -47,7 +47,9 @@ def true_norm(g):
 @functools.partial(jax.jit, static_argnames=("which", "num_stacked"))
 def measure(tree, which="spreads", num_stacked=0):
     layout = _leaves.lay_out(tree, mask=None, stacked_axes=num_stacked)
-    return getattr(_statistics, which)(jax.tree.leaves(tree), layout)
+    leaves = jax.tree.leaves(tree)
+    starts = _statistics.positions(leaves[0].ravel(), layout.leaves)
+    return getattr(_statistics, which)(leaves, layout, starts)
 
 
 def leaf(rng, dtype, exponent, mean=0.0, shape=(16, 16)):
@@ -162,7 +164,8 @@ def test_one_scalar_condition_chooses_the_path():
     """DESIGN.md: one `lax.cond` that returns statistics, never a select on leaves."""
     tree = [np.ones((n, n), np.float32) for n in (2, 3, 4)]
     layout = _leaves.lay_out(tree, mask=None)
-    jaxpr = jax.make_jaxpr(lambda t: _statistics.spreads(t, layout))(tree)
+    starts = [np.uint32(i) for i in range(len(tree))]
+    jaxpr = jax.make_jaxpr(lambda t: _statistics.spreads(t, layout, starts))(tree)
     conds = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
     assert len(conds) == 1
     assert conds[0].invars[0].aval.shape == ()
@@ -185,10 +188,10 @@ def test_slices_of_a_stack_are_measured_apart():
     rng = np.random.default_rng(0)
     g = np.stack([leaf(rng, "float32", e, 2.0) for e in (-30, -5, 0, 30)])
     np.testing.assert_allclose(
-        measure([g], num_stacked=1)[0], [true_spread(s) for s in g], rtol=RTOL
+        measure([g], num_stacked=1), [true_spread(s) for s in g], rtol=RTOL
     )
     np.testing.assert_allclose(
-        measure([g], which="norms", num_stacked=1)[0],
+        measure([g], which="norms", num_stacked=1),
         [true_norm(s) for s in g],
         rtol=RTOL,
     )
