@@ -124,6 +124,8 @@ def stablegrad(
       stacked_axes: How many leading axes of a leaf index separate layers (``nn.scan``,
         ``nnx.vmap``, vmapped ensembles): each slice has its own statistic and factor.
         An int for all leaves, a pytree (prefix) of ints, or a callable that makes one.
+        ``optax.inject_hyperparams`` must be told that it, like a callable ``mask``, is
+        structural: ``static_args=("stacked_axes", "mask")``.
       max_reference_growth: Limits the reference to this many times its own running
         mean (decay 0.95 a step, bias-corrected, fed with the limited value); above 1.
         A live ``prediction_grad_std`` grows with the loss and passes its spikes

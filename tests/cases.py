@@ -15,9 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from stablegrad_optax import stablegrad
-from stablegrad_optax._autoscaled import gradient_autoscaled_normalization
-from stablegrad_optax._stabilizer import gradient_stabilizer
+from stablegrad_optax import (
+    gradient_autoscaled_normalization,
+    gradient_stabilizer,
+    stablegrad,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,14 @@ import os
 import re
 
 import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.io
 from rich.console import Console
 
+import stablegrad_optax
 from benchmarks import demo, figures
 from benchmarks.pinn.network import Network
 from benchmarks.pinn.problems import PROBLEMS
@@ -155,3 +158,24 @@ def test_adamw_fails_where_stablegrad_solves():
     _, history = train(cell, seed=0)
     assert history.error["AdamW"][-1] > 0.5
     assert history.error["StableGrad + AdamW"][-1] < 0.1
+
+
+def test_a_history_of_factors_is_one_heat_map():
+    """From the stacked states of a scan to a drawn layer x step map in one call."""
+    params = {f"dense_{i}": {"kernel": jnp.ones((2, 2))} for i in range(3)}
+    grads = jax.tree.map(lambda p: p * jnp.array([1.0, -1.0]), params)
+    tx = stablegrad_optax.stablegrad()
+
+    def step(state, size):
+        scaled = jax.tree.map(lambda g: g * size, grads)
+        _, state = tx.update(scaled, state)
+        return state, state
+
+    sizes = jnp.array([1.0, 10.0, 100.0])
+    _, states = jax.lax.scan(step, tx.init(params), sizes)
+    history = stablegrad_optax.scale_factors(states, params)
+    _, ax = plt.subplots()
+    mesh = figures.heat_map(ax, np.arange(1, 4), history, limit=2)
+    # The factor undoes the size of the gradient, in every layer alike.
+    np.testing.assert_allclose(mesh.get_array(), [[0, -1, -2]] * 3, atol=1e-6)
+    plt.close()

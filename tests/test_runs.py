@@ -135,12 +135,15 @@ def test_a_grid_tunes_and_reports_every_entry(workers, tmp_path, capsys):
     assert runs.read(path) == records
 
 
-def test_stopped_by_ctrl_c_it_says_so_and_goes_on_later(tmp_path, capsys):
+def test_stopped_by_ctrl_c_it_says_so_and_goes_on_later(request, tmp_path, capsys):
     def interrupt(number):
         if number == 3:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.5)  # for the main thread to notice, as training would
 
+    # A shell without job control starts its background processes with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     path, first = tmp_path / "runs.jsonl", Trainer(interrupt)
     assert run(first, path) == 130
     done = len(runs.read(path))
