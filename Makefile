@@ -1,9 +1,9 @@
-# `make demo` and `make test` do everything from a clean clone: a virtual
-# environment in .venv, the installation, the run.
+# Every target does everything from a clean clone: a virtual environment in .venv, the
+# installation, the run.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs notebooks package clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo
@@ -19,10 +19,30 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in out/docs/index.html.
+docs: .venv/installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs out/docs
+
+# Runs every notebook in its short form; what is committed stays as it is.
+notebooks: .venv/installed-notebooks
+	FAST=1 $(BIN)/python -m pytest --nbmake notebooks
+
+# Wheel and sdist in dist/, checked.
+package: .venv/installed-package
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/check_package.py
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# A target's extra in pyproject.toml has the target's name.
+.venv/installed-%: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
 clean:
