@@ -25,7 +25,7 @@ docs: .venv/installed-docs
 
 # Runs every notebook in its short form; what is committed stays as it is.
 notebooks: .venv/installed-notebooks
-	FAST=1 $(BIN)/python -m pytest --nbmake notebooks
+	NOTEBOOKS_FAST=1 $(BIN)/python -m pytest --nbmake notebooks
 
 # Wheel and sdist in dist/, checked.
 package: .venv/installed-package

@@ -34,7 +34,7 @@ def local_decrease_bound(
 
         \eta_{max} = \frac{2 \, g^\top d}{d^\top H d} ,
 
-    and is lowest at half of it. **The paper's** [1]_ is a theorem of local decrease
+    and is lowest at half of it. **The paper's** is a theorem of local decrease
     for the direction d = P g of the scaled gradient, of which we know the title.
     **Ours** is this bound: for a loss with curvature at most :math:`\beta` it
     follows that every :math:`\eta < 2 g^\top P g / (\beta \|P g\|^2)` decreases the
@@ -81,8 +81,8 @@ def local_decrease_bound(
         )
 
     References:
-      .. [1] Mestre et al., `StableGrad: Backward Scale Control without Batch
-         Normalization <https://arxiv.org/abs/2605.19856>`_, 2026.
+      Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
+      <https://arxiv.org/abs/2605.19856>`_, 2026
     """
     steps = _steps(params, direction)
     moved, join = _split(params, [step is not None for step in steps])
@@ -125,7 +125,7 @@ def effective_kernel(
         \dot y = -K \nabla_y L, \qquad
         \dot L = -(\nabla_y L)^\top K \, \nabla_y L = -\sum_l p_l \|g_l\|^2 .
 
-    **The paper's** [1]_: the kernel with the factors of StableGrad,
+    **The paper's**: the kernel with the factors of StableGrad,
     :math:`p_l = \sigma_{out} / (\sigma_l + \epsilon)`. **Ours**: any factors, those of
     biases included. Without factors it is the empirical neural tangent kernel.
 
@@ -172,8 +172,8 @@ def effective_kernel(
        [ 1. 41.]]
 
     References:
-      .. [1] Mestre et al., `StableGrad: Backward Scale Control without Batch
-         Normalization <https://arxiv.org/abs/2605.19856>`_, 2026.
+      Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
+      <https://arxiv.org/abs/2605.19856>`_, 2026
     """
     multiply, outputs = _kernel_operator(apply_fn, params, inputs, factors)
     kernel = jax.vmap(multiply)(jnp.eye(outputs.size, dtype=outputs.dtype))

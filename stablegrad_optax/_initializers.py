@@ -60,7 +60,7 @@ def activation_aware_normal(
     with :math:`a` the layer's input and :math:`n_\text{in}` the product of all axes
     but the output's. Biases are meant to start at zero.
 
-    Provenance: the StableGrad paper [1]_ pairs its method with an activation-aware
+    Provenance: the StableGrad paper pairs its method with an activation-aware
     initializer whose formula was not available to this project. The equations
     above are this project's, after the public initialization library of the
     paper's first author; they are not claimed to be the paper's.
@@ -147,8 +147,8 @@ def activation_aware_normal(
       residual connections or normalization.
 
     References:
-      .. [1] Mestre et al., `StableGrad: Backward Scale Control without Batch
-         Normalization <https://arxiv.org/abs/2605.19856>`_, 2026.
+      Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
+      <https://arxiv.org/abs/2605.19856>`_, 2026
     """
     sigma, second_moment = _stationary_state(activation)
     if input_second_moment is not None:

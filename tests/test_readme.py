@@ -1,4 +1,4 @@
-"""The README's snippets run, and its printed reports are what the command prints."""
+"""Every snippet of the README and of docs/ runs; printed reports are the command's."""
 
 import re
 import socket
@@ -10,11 +10,23 @@ import pytest
 
 from benchmarks import gradients
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, snippet in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet):
     if "jax.distributed.initialize()" in snippet:  # must precede any computation
         with socket.socket() as free:
@@ -24,7 +36,7 @@ def test_snippets_run(snippet):
         snippet = snippet.replace("jax.distributed.initialize()", alone)
         subprocess.run([sys.executable, "-c", snippet], timeout=120, check=True)
     else:
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
 
 
 def test_reports_are_what_the_command_prints(capsys):

@@ -1,0 +1,55 @@
+"""The site: README, docstrings, notebooks and results, each where it is kept."""
+
+import shutil
+from pathlib import Path
+
+import stablegrad_optax
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def copy(source: Path, target: Path, *suffixes: str) -> None:
+    """Bring files that Sphinx must find below its own folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in sorted(source.glob("*")):
+        if path.suffix in suffixes:
+            shutil.copy2(path, target)
+
+
+copy(ROOT / "notebooks", HERE / "notebooks", ".ipynb")
+copy(ROOT / "benchmarks" / "results", HERE / "results", ".md", ".png", ".svg")
+
+project = "stablegrad_optax"
+author = copyright = "The stablegrad_optax authors"
+version = release = stablegrad_optax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the outputs that the notebooks hold are shown
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+
+# Every name of the package must resolve; those of other libraries have no inventory
+# here, for the site is built without a network.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!stablegrad_optax).*\..*"),
+    ("py:class", r"[^.]*"),
+]
+
+html_theme = "furo"
+html_title = f"stablegrad_optax {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
