@@ -1,0 +1,1 @@
+"""Image classification without BatchNorm, and what optimizers make of it."""
