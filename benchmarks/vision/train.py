@@ -77,7 +77,7 @@ def train(
     batch: int = 32,
     split: Literal["validation", "test"] = "test",
     num_scored: int | None = None,
-    records: int = 8,
+    records: int = 6,
     on_record: Callable[[int], None] = lambda step: None,
 ) -> Curves:
     """Train `model`, whose initial weights and batches `seed` sets.
