@@ -37,6 +37,11 @@ SPREAD_FLOOR = 0.1
 CANCELLATION = (0.5 * SPREAD_FLOOR**2, 0.2)
 
 
+# Leaves of at most so many elements are stacked for their sums, so many at a time.
+STACKED_SIZE, STACKED_LEAVES = 4096, 32
+
+Indices = npt.NDArray[np.int64]
+
 # Where each leaf's slices begin in a vector of slices, u32[] each.
 Starts = Sequence[jax.Array]
 
@@ -245,12 +250,27 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
+class _Part(NamedTuple):
+    """What one kernel sums: a leaf, or small leaves that are stacked for it."""
+
+    array: jax.Array
+    num_stacked: int
+    places: Indices  # of its slices among all
+    start: jax.Array | None  # where those of a leaf begin
+
+    def of(self, vector: jax.Array) -> jax.Array:
+        """The entries of a vector of slices that belong to it, f[stack]."""
+        if self.start is None:
+            return vector[self.places]
+        values = lax.dynamic_slice(vector, (self.start,), (len(self.places),))
+        return values.reshape(self.array.shape[: self.num_stacked])
+
+
 class _Weights(NamedTuple):
     """The leaves that are measured."""
 
-    arrays: list[jax.Array]
+    parts: list[_Part]
     leaves: list[Leaf]
-    starts: Starts
     sizes: jax.Array  # f[slices], elements of each slice
 
     def means(
@@ -260,8 +280,9 @@ class _Weights(NamedTuple):
 
         A function is given an array and its leaf's entries of the vectors.
         """
+        arrays = [part.array for part in self.parts]
         # XLA would share conversions and products between the sums, and write them out.
-        copies = lax.optimization_barrier([(self.arrays, vectors)] * len(functions))
+        copies = lax.optimization_barrier([(arrays, vectors)] * len(functions))
         return [
             self._mean(function, *copy)
             for function, copy in zip(functions, copies, strict=True)
@@ -273,13 +294,15 @@ class _Weights(NamedTuple):
         arrays: list[jax.Array],
         vectors: Sequence[jax.Array],
     ) -> jax.Array:
-        values = [entries(vector, self.leaves, self.starts) for vector in vectors]
         sums = [
-            _sum(function, leaf.num_stacked, array, *(value[i] for value in values))
-            for i, (array, leaf) in enumerate(zip(arrays, self.leaves, strict=True))
+            _sum(function, part.num_stacked, array, *(part.of(v) for v in vectors))
+            for part, array in zip(self.parts, arrays, strict=True)
         ]
         dtype = np.result_type(self.sizes.dtype, *{each.dtype for each in sums})
         total = concatenate([each.astype(dtype) for each in sums])
+        places = np.concatenate([part.places for part in self.parts])
+        if (places[1:] < places[:-1]).any():
+            total = total[np.argsort(places)]
         # XLA would pull the division out of the mean's square, and let it overflow.
         return lax.optimization_barrier(total / self.sizes.astype(dtype))
 
@@ -287,13 +310,34 @@ class _Weights(NamedTuple):
 def _weights(arrays: Sequence[jax.Array], layout: Layout, starts: Starts) -> _Weights:
     leaves = [layout.leaves[i] for i in layout.weights]
     sizes = [np.full(leaf.num_slices, max(leaf.slice_size, 1)) for leaf in leaves]
+    ends = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])
+    parts = []
+    for block in _blocks([arrays[i] for i in layout.weights], leaves):
+        members = [arrays[layout.weights[n]] for n in block]
+        places = np.concatenate([np.arange(*ends[n : n + 2]) for n in block])
+        if len(block) == 1:
+            (n,) = block
+            parts.append(_Part(members[0], leaves[n].num_stacked, places, starts[n]))
+        else:
+            parts.append(_Part(jnp.stack(members), 1, places, None))
     size = np.concatenate([np.zeros(0), *sizes])
-    return _Weights(
-        [arrays[i] for i in layout.weights],
-        leaves,
-        starts,
-        jnp.asarray(size, widest_statistics_dtype(leaves)),
-    )
+    return _Weights(parts, leaves, jnp.asarray(size, widest_statistics_dtype(leaves)))
+
+
+def _blocks(arrays: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[list[int]]:
+    """Which leaves are stacked for one kernel: small ones that are alike.
+
+    Starting a kernel takes longer than copying some kilobytes.
+    """
+    alike: dict[Any, list[int]] = {}
+    for n, (array, leaf) in enumerate(zip(arrays, leaves, strict=True)):
+        is_small = not leaf.num_stacked and leaf.slice_size <= STACKED_SIZE
+        alike.setdefault(jax.typeof(array) if is_small else n, []).append(n)
+    return [
+        group[i : i + STACKED_LEAVES]
+        for group in alike.values()
+        for i in range(0, len(group), STACKED_LEAVES)
+    ]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,0 +1,1 @@
+"""What one step of an optimizer costs with a transformation before it."""

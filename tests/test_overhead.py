@@ -1,0 +1,217 @@
+"""What compiled steps consist of, never how long they take; and the command."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks.overhead import __main__ as command
+from benchmarks.overhead import programs, report, suite, timing, trees
+from benchmarks.overhead.arms import ARMS, BASELINE, OURS, Arm
+from benchmarks.vision.models import ResNet
+
+# Large leaves, as matrices and as convolutions: their sums are kernels of their own
+# kind on a CPU (YNNPACK).
+SHAPES = {
+    "conv": {"kernel": (3, 3, 128, 192), "bias": (192,)},
+    "dense": {"kernel": (512, 384), "bias": (384,)},
+    "odd": {"kernel": (331, 257)},
+}
+
+
+def large(dtype):
+    return trees.abstract(SHAPES, jnp.dtype(dtype))
+
+
+def gradient_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_float32_needs_no_memory_of_the_gradients_size(name):
+    """A careful path, of which the memory is a part, included."""
+    tree = large("float32")
+    needed, base = (
+        programs.temporary_bytes(programs.compile_step(arm, tree))
+        for arm in (ARMS[name], ARMS[BASELINE])
+    )
+    assert needed - base < gradient_bytes(tree) / 100
+
+
+@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+def test_bfloat16_needs_what_any_scaling_needs(name):
+    """XLA on CPUs writes every bfloat16 leaf that two loops read, scale(0.5)'s too."""
+    tree = large("bfloat16")
+    halved = Arm(lambda: optax.scale(0.5))
+    needed, base = (
+        programs.temporary_bytes(programs.compile_step(arm, tree))
+        for arm in (ARMS[name], halved)
+    )
+    assert needed - base < gradient_bytes(tree) / 100
+
+
+@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
+    """Two moments and the parameters, in the entry and in every branch."""
+    tree = large("float32")
+
+    def written(arm):
+        text = programs.compile_step(arm, tree).as_text()
+        free = r"parameter|get-tuple-element|tuple|bitcast|constant"
+        outside = [c for c in text.split("\n\n") if "fused_computation" not in c[:40]]
+        found = re.findall(
+            rf" = f32\[512,384\]\S* (?!{free})[\w-]+\(", "".join(outside)
+        )
+        return len(found)
+
+    assert written(ARMS[name]) == written(ARMS[BASELINE]) == 3
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_large_leaf_adds_its_sums_and_a_small_one_no_kernel(name):
+    """All arithmetic between is on vectors; small leaves are summed together."""
+    sums = {"gradient_stabilizer": 1}.get(name, 2)
+    adamw = programs.kernels_per_leaf(ARMS[BASELINE], 32, first=12, second=24).always
+    large = programs.kernels_per_leaf(ARMS[name], 128, first=12, second=24)
+    small = programs.kernels_per_leaf(ARMS[name], 32, first=12, second=24)
+    assert large.always <= adamw + sums + 0.5  # joining the sums is 1 for 32 of them
+    # Where its entry begins in both branches; its sums, of scaled, centred entries.
+    assert large.branches <= 2 + 2 * sums + 1
+    assert small.always == adamw
+    assert small.branches <= 2
+
+
+@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+def test_one_all_reduce_whatever_the_number_of_leaves(name):
+    counts = [programs.all_reduces(ARMS[name], leaves) for leaves in (3, 40)]
+    assert [count.always for count in counts] == [1, 1]
+    assert counts[0].branches == counts[1].branches <= 2
+
+
+def test_counting_kernels_sees_branches_and_no_fused_instructions():
+    def step(x, i):
+        return jax.lax.cond(i > 0, lambda: jnp.sin(x) @ x, lambda: x * 2 + 1)
+
+    abstract = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    found = programs.kernels(jax.jit(step).lower(abstract, index).compile())
+    assert found.always <= 3  # the comparison, the conditional
+    assert found.branches == 3  # sine, product; one fusion
+
+
+def test_trees_are_those_that_they_name():
+    sizes = {name: trees.size(shapes()) for name, (_, shapes) in trees.TREES.items()}
+    assert sizes == {
+        "a": (161, 25_557_032),  # torchvision's resnet50
+        "b": (148, 124_439_808),  # GPT-2's 124M
+        "c": (2000, 2_048_000),
+        "d": (1, 100_000_000),
+        "e": (65, 32_864),
+    }
+
+
+@pytest.mark.parametrize(
+    ("norm", "size"), [("batch", 269_722), ("none", 269_034)]
+)  # He et al.: 0.27 million
+def test_resnet20_has_its_number_of_parameters(norm, size):
+    image = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(ResNet(norm=norm).init, jax.random.key(0), image)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == size
+
+
+def test_arms_take_turns_and_ratios_are_paired():
+    turns = []
+    stretches = {
+        name: lambda steps, name=name: turns.append(name) for name in ("base", "other")
+    }
+    times = timing.interleave(stretches, 10, "base")
+    rounds = {tuple(turns[i : i + 2]) for i in range(4, 24, 2)}  # four calls warm up
+    assert rounds == {("base", "other"), ("other", "base")}
+    np.testing.assert_array_equal(times["base"].ratio, 1)
+    np.testing.assert_allclose(
+        times["other"].ratio, times["other"].seconds / times["base"].seconds
+    )
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three arms on one layer."""
+    layer = {"dense": {"kernel": (4, 3), "bias": (3,)}}
+    monkeypatch.setitem(trees.TREES, "e", ("small", lambda: layer))
+    arms = (BASELINE, "stablegrad", "clip_by_global_norm")
+    monkeypatch.setattr(command, "ARMS", {name: ARMS[name] for name in arms})
+    monkeypatch.setattr(timing, "STRETCH", 0.0)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+
+
+def test_the_command_measures_shows_keeps_and_resumes(small, tmp_path, capsys):
+    args = ["--quick", "--output", str(tmp_path), "--parts", "updates", "compile"]
+    assert command.main(args) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"stablegrad +│ .* ms", printed)
+    lines = (tmp_path / "overhead.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["kind"] for record in records} == {"machine", "update", "compile"}
+    assert all(record["jax"] == jax.__version__ for record in records)
+    assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "overhead.md").read_text()
+    assert re.search(r"\| stablegrad \|.*\d\.\d{3} \[", table)
+
+    assert command.main(args) == 0
+    assert "stablegrad" not in capsys.readouterr().out
+    assert len((tmp_path / "overhead.jsonl").read_text().splitlines()) == len(lines)
+    assert (tmp_path / "overhead.md").read_text() == table
+
+
+def test_an_arm_that_joins_later_is_measured_beside_the_baseline(small, tmp_path):
+    path = tmp_path / "overhead.jsonl"
+    suite.Suite(path, 2, str).updates("e", "float32", [BASELINE])
+    added = suite.Suite(path, 2, str).updates("e", "float32", [BASELINE, "stablegrad"])
+    assert [record["arm"] for record in added] == ["stablegrad"]
+    # More rounds than the records have: all are measured again.
+    again = suite.Suite(path, 3, str).updates("e", "float32", [BASELINE, "stablegrad"])
+    assert [record["rounds"] for record in again] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--rounds", "1"], "--rounds must be at least 2, got 1"),
+        (["--leaves", "0"], "--leaves must be at least 1, got 0"),
+        (["--trees", "z"], "trees"),
+        (["--rounds", "many"], "whole number"),
+    ],
+)
+def test_wrong_options_end_in_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(args)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "trees",
+        "dtypes",
+        "rounds",
+        "leaves",
+        "networks",
+        "output",
+        "quick",
+    ):
+        assert f"--{option}" in text
+
+
+def test_tables_leave_out_what_was_not_measured():
+    text = report.markdown({})
+    assert "stablegrad" in text
+    report.figure({})
