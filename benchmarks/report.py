@@ -1,7 +1,7 @@
 """Make the tables and figures of a suite again, from its finished runs alone.
 
-They go beside the runs: `pinn.md` and `pinn_<preset>_<figure>.png`. Runs that are still
-missing leave gaps.
+They go beside the runs: `<suite>.md` and `<suite>_<preset>_<figure>.png`. Runs that
+are still missing leave gaps.
 """
 
 import sys
@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 import benchmarks.pinn.report
+import benchmarks.vision.report
 from benchmarks import runs
 from benchmarks.command_line import fail, parse
 
@@ -21,12 +22,13 @@ PROG = "python -m benchmarks.report"
 # suite -> (runs, folder) -> the files written
 SUITES: dict[str, Callable[[list[runs.Record], Path], list[Path]]] = {
     "pinn": benchmarks.pinn.report.write,
+    "vision": benchmarks.vision.report.write,
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    suite: tyro.conf.Positional[Literal["pinn"]]
+    suite: tyro.conf.Positional[Literal["pinn", "vision"]]
     """Whose runs."""
 
     results: Path | None = None

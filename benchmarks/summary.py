@@ -3,7 +3,8 @@
 A cell is what is trained, whatever the arm; its name is a tuple of settings.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,32 +83,37 @@ class Regret:
 
     Attributes:
         arm: its name.
-        ratios: its median error over the lowest median error of any arm, by cell.
+        costs: its median error beside the lowest median error of any arm, by cell:
+            their ratio, or as `compare` says.
         failed: the cells in which it failed though another arm did not.
         num_failed_runs: in all cells that are not left out.
         num_runs: likewise.
     """
 
     arm: str
-    ratios: Mapping[Cell, float]
+    costs: Mapping[Cell, float]
     failed: tuple[Cell, ...]
     num_failed_runs: int
     num_runs: int
 
     @property
     def worst(self) -> float:
-        return max(self.ratios.values())
+        return max(self.costs.values())
 
     @property
     def median(self) -> float:
-        return float(np.median(list(self.ratios.values())))
+        return float(np.median(list(self.costs.values())))
 
 
-def regret(table: Scores) -> list[Regret]:
-    """The regret of every arm, the best first: fewest failed cells, least worst ratio.
+def regret(
+    table: Scores, compare: Callable[[float, float], float] = operator.truediv
+) -> list[Regret]:
+    """The regret of every arm, the best first: fewest failed cells, least worst cost.
 
     Args:
-        table: cells with the same arms each, as `complete` gives them.
+        table: best with the same arms in each cell, as `complete` gives them; an arm
+            that misses some cells is compared in the others.
+        compare: (median error, the lowest of the cell) -> what the choice costs there.
     """
     solvable = {
         cell: arms
@@ -120,15 +126,46 @@ def regret(table: Scores) -> list[Regret]:
         cell: min(score.median for score in arms.values())
         for cell, arms in solvable.items()
     }
-    every = next(iter(solvable.values()))
+    by_arm: dict[str, dict[Cell, Score]] = {}
+    for cell, arms in solvable.items():
+        for arm, score in arms.items():
+            by_arm.setdefault(arm, {})[cell] = score
     regrets = [
         Regret(
             arm,
-            {cell: arms[arm].median / best[cell] for cell, arms in solvable.items()},
-            tuple(cell for cell, arms in solvable.items() if not arms[arm].solved),
-            sum(arms[arm].num_failed for arms in solvable.values()),
-            sum(arms[arm].num_runs for arms in solvable.values()),
+            {cell: compare(score.median, best[cell]) for cell, score in of_arm.items()},
+            tuple(cell for cell, score in of_arm.items() if not score.solved),
+            sum(score.num_failed for score in of_arm.values()),
+            sum(score.num_runs for score in of_arm.values()),
         )
-        for arm in every
+        for arm, of_arm in by_arm.items()
     ]
     return sorted(regrets, key=lambda r: (len(r.failed), r.worst))
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """Seeds, devices and versions of runs."""
+
+    def all_of(key: str, phase: str | None = None) -> list:
+        chosen = (r for r in records if phase in (None, r["phase"]))
+        return sorted({record[key] for record in chosen})
+
+    def seeds(phase: str) -> str:
+        values = all_of("seed", phase)
+        whole = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
+        if whole:
+            return f"{values[0]} to {values[-1]}"
+        return ", ".join(map(str, values)) or "none"
+
+    return (
+        f"reported seeds {seeds('reported')}, tuning seeds {seeds('tuning')}; "
+        f"{', '.join(all_of('device'))}; jax {', '.join(all_of('jax'))}, "
+        f"stablegrad_optax {', '.join(all_of('stablegrad_optax'))}; "
+        f"{all_of('date')[0][:10]} to {all_of('date')[-1][:10]}"
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Its first column is left-aligned, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -249,8 +249,8 @@ def test_the_regret_table_is_the_one_worked_out_by_hand():
     assert [r.failed for r in by_arm.values()] == [(), (("1",),), (("1",), ("2",))]
     assert [r.num_failed_runs for r in by_arm.values()] == [0, 1, 4]
     assert {r.num_runs for r in by_arm.values()} == {6}
-    assert by_arm["A"].ratios == pytest.approx({("1",): 1.0, ("2",): 1.25})
-    assert by_arm["B"].ratios == pytest.approx({("1",): 2.0, ("2",): 1.0})
+    assert by_arm["A"].costs == pytest.approx({("1",): 1.0, ("2",): 1.25})
+    assert by_arm["B"].costs == pytest.approx({("1",): 2.0, ("2",): 1.0})
     # Errors above 1 count as 1: 1 / 0.11.
     assert by_arm["C"].worst == pytest.approx(1 / 0.11)
     assert by_arm["A"].median == pytest.approx(1.125)

@@ -21,6 +21,8 @@ from benchmarks.summary import (
     Score,
     Scores,
     complete,
+    markdown_table,
+    provenance,
     regret,
     scores,
 )
@@ -60,28 +62,6 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))
     return [markdown, *paths]
-
-
-def provenance(records: Sequence[Record]) -> str:
-    """Seeds, devices and versions of runs."""
-
-    def all_of(key: str, phase: str | None = None) -> list:
-        chosen = (r for r in records if phase in (None, r["phase"]))
-        return sorted({record[key] for record in chosen})
-
-    def seeds(phase: str) -> str:
-        values = all_of("seed", phase)
-        whole = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
-        if whole:
-            return f"{values[0]} to {values[-1]}"
-        return ", ".join(map(str, values)) or "none"
-
-    return (
-        f"reported seeds {seeds('reported')}, tuning seeds {seeds('tuning')}; "
-        f"{', '.join(all_of('device'))}; jax {', '.join(all_of('jax'))}, "
-        f"stablegrad_optax {', '.join(all_of('stablegrad_optax'))}; "
-        f"{all_of('date')[0][:10]} to {all_of('date')[-1][:10]}"
-    )
 
 
 # Markdown
@@ -144,8 +124,8 @@ def _regret_table(regrets: Sequence[Regret]) -> str:
         "median ratio",
     ]
     return (
-        f"Regret over the {len(regrets[0].ratios)} cells in which at least one arm "
-        f"solved every run:\n\n{_markdown(head, rows)}"
+        f"Regret over the {len(regrets[0].costs)} cells in which at least one arm "
+        f"solved every run:\n\n{markdown_table(head, rows)}"
     )
 
 
@@ -165,7 +145,7 @@ def _error_tables(table: Scores) -> str:
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
             "Median error (failed runs) at the learning rate:\n\n"
-            + _markdown(["arm", *(f"depth {depth}" for depth in depths)], rows)
+            + markdown_table(["arm", *(f"depth {depth}" for depth in depths)], rows)
         )
     return "\n".join(parts)
 
@@ -180,11 +160,6 @@ def _entry(column: dict[str, Score], arm: str) -> str:
     return (
         f"{median} ({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
     )
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # Figures
@@ -217,8 +192,8 @@ def _regret_figure(table: Scores) -> Figure | None:
         figsize=(8, 1.6 + 0.3 * len(regrets)), layout="constrained"
     )
     for row, of_arm in enumerate(regrets):
-        failed = np.array([cell in of_arm.failed for cell in of_arm.ratios])
-        ratios = np.array(list(of_arm.ratios.values()))
+        failed = np.array([cell in of_arm.failed for cell in of_arm.costs])
+        ratios = np.array(list(of_arm.costs.values()))
         # Spread over the row, so that dots of equal cells do not hide each other.
         height = row + np.linspace(-0.25, 0.25, len(ratios))
         ax.plot(ratios[~failed], height[~failed], "o", color=figures.PALETTE[3], ms=4)

@@ -45,9 +45,8 @@ class Options:
     minutes: float | None = None
     """Stop after so long, above 0; by default not before the end."""
 
-    workers: int | None = None
-    """Runs computed at a time, at least 1; by default 2 for cpu and cifar, 1 for
-    others."""
+    workers: int = 1
+    """Runs computed at a time, at least 1; one uses about one core of a CPU."""
 
     results: Path = RESULTS / "vision.jsonl"
     """Where finished runs are, and go."""
@@ -58,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parse(Options, args, prog=PROG, description=__doc__)
     if options.minutes is not None and not options.minutes > 0:
         fail(PROG, f"--minutes must be above 0, got {options.minutes:g}")
-    if options.workers is not None and options.workers < 1:
+    if options.workers < 1:
         fail(PROG, f"--workers must be at least 1, got {options.workers}")
     preset = PRESETS[options.preset]
     try:
@@ -71,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
             options.results,
             console=Console(),
             minutes=options.minutes,
-            workers=options.workers or preset.workers,
+            workers=options.workers,
         )
     except (ValueError, OSError) as error:  # what the files hold
         fail(PROG, str(error))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import optax
@@ -47,7 +48,7 @@ class Arm:
     def __call__(
         self, optimizer: str, rate: optax.Schedule
     ) -> optax.GradientTransformationExtraArgs:
-        """The whole; its `update` takes `prediction_grad_std`, per example, as well."""
+        """The whole; its `update` takes `prediction_std`, f[] per example, as well."""
         tx = OPTIMIZERS[optimizer].make(rate)
         if self.before is not None:
             tx = optax.chain(self.before(), tx)
@@ -57,6 +58,31 @@ class Arm:
         """These learning rates in this arm's scale."""
         scale = 1.0 if OPTIMIZERS[optimizer].scale_free else self.rate_scale
         return tuple(float(f"{rate * scale:.3g}") for rate in rates)
+
+
+def predicted(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """StableGrad with the paper's reference: the std of the prediction's gradient.
+
+    It comes by another name than `prediction_grad_std`, which would override the
+    constant reference of the other arms.
+
+    Args:
+        **options: of `stablegrad`.
+    """
+    inner = stablegrad(None, **options)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        prediction_std: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        return inner.update(updates, state, params, prediction_grad_std=prediction_std)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def z_score() -> Transformation:
@@ -86,9 +112,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
 ARMS: dict[str, Arm] = {
     "none": Arm(),
     "StableGrad, constant 0.01": Arm(partial(stablegrad, 0.01)),
-    "StableGrad, prediction": Arm(partial(stablegrad, None), rate_scale=0.03),
+    "StableGrad, prediction": Arm(predicted, rate_scale=0.03),
     "StableGrad, prediction, limit 2": Arm(
-        partial(stablegrad, None, max_reference_growth=2.0), rate_scale=0.03
+        partial(predicted, max_reference_growth=2.0), rate_scale=0.03
     ),
     "StableGrad, weights only": Arm(partial(stablegrad, 0.01, scale_biases=False)),
     "clip 1": Arm(partial(optax.clip_by_global_norm, 1.0)),

@@ -41,7 +41,7 @@ class Gradient(NamedTuple):
     loss: jax.Array  # f[]
     grads: PyTree
     batch_stats: PyTree  # after the batch
-    prediction_grad_std: jax.Array  # f[], per example
+    prediction_std: jax.Array  # f[], of dL/dy per example
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def update(
         gradient.grads,
         opt_state,
         params,
-        prediction_grad_std=gradient.prediction_grad_std,
+        prediction_std=gradient.prediction_std,
     )
     return optax.apply_updates(params, updates), opt_state
 

@@ -1,0 +1,395 @@
+"""Tables and figures of the vision grids, from the file of their runs alone."""
+
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures are saved, no window is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from benchmarks import figures
+from benchmarks.runs import Record
+from benchmarks.summary import (
+    Cell,
+    Score,
+    Scores,
+    markdown_table,
+    provenance,
+    regret,
+    scores,
+)
+
+CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
+CHANCE = {"cifar100": 1.0}  # per cent; 10 where a data set is not named
+# The arms of the figures with lines; tables and the dots have all of them.
+FOCUS = (
+    "none",
+    "clip 1",
+    "AGC 0.01",
+    "StableGrad, constant 0.01",
+    "StableGrad, prediction",
+    "StableGrad, weights only",
+    "GradientAutoscaled",
+)
+HISTOGRAMS = ("none", "clip 1", "StableGrad, constant 0.01")
+NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write `vision.md` and, for each preset, its figures; returns their paths.
+
+    A file `vision_<preset>_notes.md` beside them, written by hand, is put under the
+    preset's regret table.
+    """
+    by_preset: dict[str, list[Record]] = {}
+    times = [record for record in records if record["phase"] == "timing"]
+    for record in records:
+        if record["phase"] != "timing":
+            by_preset.setdefault(record["preset"], []).append(record)
+    text, paths = [_HEAD], []
+    for preset, of_preset in by_preset.items():
+        table = scores(of_preset, CELL)
+        drawn = _draw(preset, table, provenance(of_preset), folder) if table else []
+        notes = folder / f"vision_{preset}_notes.md"
+        text.append(_section(preset, of_preset, table, drawn, notes))
+        paths += drawn
+    if times:
+        text.append(_times_section(times))
+    markdown = folder / "vision.md"
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text("\n".join(text))
+    return [markdown, *paths]
+
+
+# Markdown
+
+_HEAD = """\
+# Image classifiers with BatchNorm and without
+
+Written by `python -m benchmarks.report vision` from `vision.jsonl`; not edited by hand.
+
+Accuracies on test images after the last step. A run fails if its accuracy is not \
+above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
+is "tuned", each arm's is the one of its set of three with the lowest median error \
+over the tuning seeds on validation images, failures last; else all arms have the rate \
+that is named, in their own scale: under momentum 0.03 times it for the two \
+"prediction" arms, 0.01 times it for "z-score", whose gradients are larger by as much. \
+"constant" and "weights only" have the reference 0.01; "prediction" is the \
+prediction's gradient per example; "mean removal" is Gradient Autoscaled \
+Normalization without its factor. All arms have equal steps, initial weights and \
+batches; float32; 5 % warm-up, then a half cosine to 0.
+"""
+
+
+def _section(
+    preset: str,
+    records: Sequence[Record],
+    table: Scores,
+    drawn: Sequence[Path],
+    notes: Path,
+) -> str:
+    parts = [
+        f"\n## Preset {preset}\n",
+        f"{len(records)} runs, {len(table)} cells; {provenance(records)}.\n",
+        _regret_table(table),
+    ]
+    if notes.exists():
+        parts.append(notes.read_text().strip() + "\n")
+    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
+    parts.append(_accuracy_tables(table))
+    return "\n".join(parts)
+
+
+def _regret_table(table: Scores) -> str:
+    tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
+    regrets = regret(tuned, operator.sub)
+    if not regrets:
+        return "No cell with tuned rates is finished in which any arm never failed.\n"
+    num_cells = len({cell for r in regrets for cell in r.costs})
+    rows = [
+        [
+            r.arm,
+            str(len(r.costs)),
+            str(len(r.failed)),
+            f"{r.num_failed_runs} of {r.num_runs}",
+            f"{100 * r.worst:.1f}",
+            f"{100 * r.median:.1f}",
+        ]
+        for r in regrets
+    ]
+    head = [
+        "arm",
+        "cells it was run in",
+        "of them failed in though another arm did not",
+        "failed runs",
+        "points behind the best arm, worst cell",
+        "median cell",
+    ]
+    return (
+        f"Regret over the {num_cells} cells with tuned rates in which at least one arm "
+        "never failed, in points of median accuracy behind the best arm of the cell. "
+        f"Arms of fewer cells are compared in those alone:\n\n"
+        f"{markdown_table(head, rows)}"
+    )
+
+
+def _accuracy_tables(table: Scores) -> str:
+    """For each data set and norm: arms against models and optimizers."""
+    blocks: dict[Cell, list[Cell]] = {}
+    for cell in table:
+        blocks.setdefault(cell[:2], []).append(cell)
+    parts = []
+    for (data, norm), cells in blocks.items():
+        columns = [table[cell] for cell in cells]
+        arms = list(dict.fromkeys(arm for column in columns for arm in column))
+        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        parts.append(
+            f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
+            "(failed runs) at the learning rate; bold: within 1 point of the column's "
+            "highest mean.\n\n"
+            + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
+        )
+    return "\n".join(parts)
+
+
+def _norm(norm: str) -> str:
+    return "with BatchNorm" if norm == "batch" else "without BatchNorm"
+
+
+def _setting(cell: Cell) -> str:
+    _, _, model, width, optimizer, rate, batch, steps = cell
+    how = "tuned" if rate == "tuned" else f"rate {rate}"
+    return f"{model}, width {width}, {optimizer}, {how}, {steps} steps of {batch}"
+
+
+def _accuracies(score: Score) -> np.ndarray:
+    """Per cent, f[seeds]; one that is not finite counts as 0."""
+    return 100 * np.array([record["accuracy"] or 0.0 for record in score.records])
+
+
+def _entry(column: dict[str, Score], arm: str) -> str:
+    if arm not in column:
+        return "-"
+    score = column[arm]
+    percent = _accuracies(score)
+    best = max(_accuracies(other).mean() for other in column.values())
+    mean = f"{percent.mean():.1f}"
+    mean = f"**{mean}**" if percent.mean() >= best - 1 else mean
+    return (
+        f"{mean} [{percent.min():.1f}, {percent.max():.1f}] "
+        f"({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
+    )
+
+
+def _times_section(records: Sequence[Record]) -> str:
+    """The last measurement of each cell."""
+    columns: dict[Cell, dict[str, Record]] = {}
+    for record in records:
+        cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
+        columns.setdefault(cell, {})[record["arm"]] = record
+    arms = list(dict.fromkeys(arm for column in columns.values() for arm in column))
+    rows = [
+        [
+            arm,
+            *(
+                "{:.3f} [{:.3f}, {:.3f}]".format(
+                    column[arm]["ratio"], *column[arm]["ratio_quartiles"]
+                )
+                if arm in column
+                else "-"
+                for column in columns.values()
+            ),
+        ]
+        for arm in arms
+    ]
+    head = [
+        "arm",
+        *(
+            f"{model}, width {width}, {_norm(norm)}, {optimizer}"
+            for model, width, norm, optimizer in columns
+        ),
+    ]
+    first = records[-1]
+    return (
+        "\n## Time of a step\n\nOf training (gradient and update) over that of arm "
+        '"none", arms in turn in one process: median over rounds [quartiles]. '
+        f"{first['data']}, batch {first['batch']}; {first['device']}, jax "
+        f"{first['jax']}; {first['date'][:10]}.\n\n{markdown_table(head, rows)}"
+    )
+
+
+# Figures
+
+
+def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
+    drawings: dict[str, Callable[[Scores], Figure | None]] = {
+        "accuracy": _accuracy_figure,
+        "curves": _curves_figure,
+        "gradients": _gradients_figure,
+    }
+    paths = []
+    for name, draw in drawings.items():
+        figure = draw(table)
+        if figure is None:
+            continue
+        figure.supxlabel(footer, fontsize=7, color="0.3")
+        paths.append(folder / f"vision_{preset}_{name}.png")
+        figures.save(figure, paths[-1])
+    return paths
+
+
+def _title(cell: Cell) -> str:
+    data, norm, model, _, optimizer, rate, *_ = cell
+    how = "tuned" if rate == "tuned" else f"rate {rate}"
+    return f"{model}, {_norm(norm)}\n{data}, {optimizer}, {how}"
+
+
+def _panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
+    """So many panels, four in a row at most."""
+    num_columns = min(4, num)
+    num_rows = -(-num // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(2.6 + 2.9 * num_columns, 1.2 + height * num_rows),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    for ax in axes.flat[num:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:num])
+
+
+def _failure_percent(cell: Cell) -> float:
+    return 1.5 * CHANCE.get(str(cell[0]), 10.0)
+
+
+def _accuracy_figure(table: Scores) -> Figure:
+    """One dot a seed; every arm, every cell."""
+    arms = list(dict.fromkeys(arm for column in table.values() for arm in column))
+    figure, axes = _panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
+    for ax, (cell, column) in zip(axes, table.items(), strict=True):
+        for row, arm in enumerate(arms):
+            if arm not in column:
+                continue
+            percent = _accuracies(column[arm])
+            failed = np.array([record["failed"] for record in column[arm].records])
+            height = row + np.linspace(-0.2, 0.2, len(percent))
+            ax.plot(
+                percent[~failed], height[~failed], "o", color=figures.PALETTE[3], ms=4
+            )
+            ax.plot(
+                percent[failed], height[failed], "x", color=figures.PALETTE[0], ms=5
+            )
+            ax.plot([percent.mean()] * 2, [row - 0.35, row + 0.35], color="k")
+        ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.set(
+            xlim=(0, 100),
+            xlabel="test accuracy (%)",
+            yticks=range(len(arms)),
+            yticklabels=arms,
+            ylim=(len(arms) - 0.4, -0.6),
+        )
+        ax.set_title(_title(cell), fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        "One dot a seed, crosses: failed (dotted line), bars: mean; rows without dots "
+        "were not run",
+        fontsize=10,
+    )
+    return figure
+
+
+def _curves_figure(table: Scores) -> Figure:
+    """Accuracy against step in all cells."""
+    arms = _focus(table)
+    figure, axes = _panels(len(table), 2.4, sharey=True)
+    for ax, (cell, column) in zip(axes, table.items(), strict=True):
+        for index, arm in enumerate(arms):
+            if arm in column:
+                curves = [record["curve"] for record in column[arm].records]
+                percent = 100 * np.array([c["accuracy"] for c in curves], float)
+                figures.band(ax, np.array(curves[0]["step"]), percent, index, label=arm)
+        ax.axhline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.set(xlabel="step", ylim=(0, 100))
+        ax.set_title(_title(cell), fontsize=8)
+        ax.grid(alpha=0.3)
+    for ax in axes[::4]:
+        ax.set_ylabel("test accuracy (%)")
+    lines = [plt.Line2D([], [], **figures.line(i)) for i in range(len(arms))]
+    figure.legend(
+        lines, arms, loc="outside right center", fontsize=8, title="median of"
+    )
+    figure.suptitle(
+        "Median over seeds; bands from lowest to highest; dotted: failed below",
+        fontsize=10,
+    )
+    return figure
+
+
+def _focus(table: Scores) -> list[str]:
+    return [arm for arm in FOCUS if any(arm in column for column in table.values())]
+
+
+def _gradients_figure(table: Scores) -> Figure | None:
+    """Histograms over kernels of the gradient's std, by step, in the first cells."""
+    arms = [arm for arm in HISTOGRAMS if arm in _focus(table)]
+    cells = [c for c in table if all(arm in table[c] for arm in arms)][:NUM_HISTOGRAMS]
+    if not cells or not arms:
+        return None
+    figure, axes = plt.subplots(
+        len(cells),
+        len(arms),
+        figsize=(1.5 + 2.9 * len(arms), 1.3 + 2.4 * len(cells)),
+        sharex="row",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, cell in zip(axes, cells, strict=True):
+        for ax, arm in zip(row, arms, strict=True):
+            mesh = _histogram(ax, table[cell][arm])
+            ax.set_title(f"{_title(cell)}\n{arm}" if ax is row[0] else arm, fontsize=8)
+            ax.set(xscale="log", yscale="log", xlabel="step")
+        row[0].set_ylabel(r"std of $\partial L/\partial W$")
+    figure.colorbar(mesh, ax=axes, label="share of the kernels, first reported seed")
+    figure.suptitle(
+        "Gradient std of every kernel, before the arm acts; lines: median and "
+        "quartiles over\nkernels, median over seeds; bands from lowest to highest seed",
+        fontsize=10,
+    )
+    return figure
+
+
+def _histogram(ax: Axes, score: Score) -> QuadMesh:
+    """log10 std against step: shares of one seed, quartiles of all."""
+    (layers,) = (r["layers"] for r in score.records if "layers" in r)
+    steps = np.array(score.records[0]["curve"]["step"])
+    exponents = np.array(layers, float)  # [steps, kernels]
+    finite = exponents[np.isfinite(exponents)]
+    low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 1.0)
+    edges = np.arange(np.floor(4 * low) / 4, high + 0.5, 0.25)
+    shares = np.stack([np.histogram(row, edges)[0] for row in exponents])
+    middle = np.sqrt(steps[1:] * steps[:-1])
+    mesh = ax.pcolormesh(
+        np.concatenate([steps[:1] / 1.3, middle, steps[-1:] * 1.1]),
+        10**edges,
+        shares.T / exponents.shape[1],
+        cmap="Greys",
+        vmin=0,
+        vmax=0.5,
+        rasterized=True,
+    )
+    quartiles = np.array([r["quartiles"] for r in score.records], float)
+    for place, index in ((1, 3), (2, 0), (3, 3)):
+        values = 10 ** quartiles[..., place]  # [seeds, steps]
+        figures.band(ax, steps, values, index, label="")
+    return mesh
