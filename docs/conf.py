@@ -39,6 +39,7 @@ exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
 
 # Every name of the package must resolve; those of other libraries have no inventory
