@@ -11,8 +11,7 @@ ROOT = HERE.parent
 
 def copy(source: Path, target: Path, *suffixes: str) -> None:
     """Bring files that Sphinx must find below its own folder."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for path in sorted(source.glob("*")):
         if path.suffix in suffixes:
             shutil.copy2(path, target)
