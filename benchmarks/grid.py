@@ -74,7 +74,7 @@ def run_grid(
         while batch := ledger.missing(group):
             tick()
             records = [
-                {**run.as_record(), **result, **_origin()}
+                {**run.as_record(), **result, **origin()}
                 for run, result in zip(batch, compute(batch, tick), strict=True)
             ]
             runs.append(path, records)
@@ -176,7 +176,8 @@ def _describe(records: Sequence[Record]) -> str:
     )
 
 
-def _origin() -> Record:
+def origin() -> Record:
+    """Device, versions and date, for a record."""
     return {
         "device": figures.device_name(),
         "jax": jax.__version__,

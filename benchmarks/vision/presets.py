@@ -78,10 +78,10 @@ CONSTANT = "StableGrad, constant 0.01"
 PREDICTION = "StableGrad, prediction"
 WEIGHTS_ONLY = "StableGrad, weights only"
 
-_WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal", "clip 1")
-_PLAIN = ("none", WEIGHTS_ONLY, CONSTANT, PREDICTION, "clip 1")
-_TUNED = ("none", CONSTANT, PREDICTION, "clip 1", "AGC 0.01")
-_CIFAR = ("none", CONSTANT, PREDICTION, "clip 1", "AGC 0.01", "GradientAutoscaled")
+_PLAIN = ("none", WEIGHTS_ONLY, CONSTANT, "clip 1")
+_WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
+_TUNED = ("none", CONSTANT, "clip 1")
+_CIFAR = ("none", CONSTANT, PREDICTION, "clip 1")
 _GPU_MODELS = {
     "ResNet-56": 16,
     "ResNet-20": 16,
@@ -109,14 +109,13 @@ PRESETS: dict[str, Preset] = {
         cells=(
             Cell("ResNet-56", 8, learning_rate=0.01),
             Cell("plain-24, gain 0.75", 8, arms=_PLAIN),
-            Cell("plain-24, gain 0.75, no conv biases", 8, arms=_PLAIN[:3]),
             Cell("ResNet-56", 8, "batch", arms=_WITH_BATCHNORM[:2]),
             Cell("ResNet-20", 8, "batch", arms=_WITH_BATCHNORM),
             Cell("VGG-16", 8, "batch", arms=_WITH_BATCHNORM),
+            Cell("plain-24, gain 0.75, no conv biases", 8, arms=_PLAIN[1:3]),
             Cell("ResNet-56", 8, arms=_TUNED),
-            Cell("ResNet-56", 8, "batch", arms=_WITH_BATCHNORM[2:]),
-            Cell("ResNet-56", 8, optimizer="AdamW", arms=_TUNED[:4]),
-            Cell("ResNet-56", 8, optimizer="AdamW b2=0.9", arms=_TUNED[:4]),
+            Cell("ResNet-56", 8, optimizer="AdamW", arms=_TUNED),
+            Cell("ResNet-56", 8, optimizer="AdamW b2=0.9", arms=_TUNED),
         ),
         protocol=Protocol(tuning_seeds=(0,), reported_seeds=(100, 101, 102)),
     ),
@@ -133,8 +132,8 @@ PRESETS: dict[str, Preset] = {
                 arms=arms,
             )
             for model, width, steps, arms in (
-                ("ResNet-56", 8, 100, _CIFAR[:4]),
-                ("ResNet-20", 8, 200, _CIFAR[:4]),
+                ("ResNet-20", 8, 150, _CIFAR),
+                ("ResNet-56", 8, 60, _CIFAR[:2]),
                 ("ResNet-50", 8, 60, _CIFAR[:2]),
                 ("EfficientNetV2-S", 6, 60, _CIFAR[:2]),
             )
