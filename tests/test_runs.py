@@ -1,6 +1,7 @@
 """Files of runs: whole lines, resuming, the choice of a rate; what runs say."""
 
 import math
+import operator
 import signal
 import threading
 import time
@@ -254,6 +255,15 @@ def test_the_regret_table_is_the_one_worked_out_by_hand():
     # Errors above 1 count as 1: 1 / 0.11.
     assert by_arm["C"].worst == pytest.approx(1 / 0.11)
     assert by_arm["A"].median == pytest.approx(1.125)
+
+
+def test_regret_may_be_a_difference_and_cells_may_lack_an_arm():
+    table = scores(TABLE, ("problem",))
+    by_arm = {r.arm: r for r in regret(table, operator.sub)}
+    expected = {("1",): 0.0, ("2",): 0.01, ("4",): 0.0}
+    assert by_arm["A"].costs == pytest.approx(expected)
+    assert by_arm["C"].costs == pytest.approx({("1",): 0.89, ("2",): 0.06})
+    assert [by_arm[arm].num_runs for arm in "ABC"] == [9, 9, 6]
 
 
 def test_without_a_solved_cell_there_is_no_regret():

@@ -1,7 +1,7 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +25,7 @@ from benchmarks.summary import (
     regret,
     scores,
 )
+from benchmarks.vision.arms import ARMS
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
 CHANCE = {"cifar100": 1.0}  # per cent; 10 where a data set is not named
@@ -148,7 +149,7 @@ def _accuracy_tables(table: Scores) -> str:
     parts = []
     for (data, norm), cells in blocks.items():
         columns = [table[cell] for cell in cells]
-        arms = list(dict.fromkeys(arm for column in columns for arm in column))
+        arms = _in_order(columns)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
         parts.append(
             f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
@@ -157,6 +158,12 @@ def _accuracy_tables(table: Scores) -> str:
             + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
         )
     return "\n".join(parts)
+
+
+def _in_order(columns: Iterable[Mapping[str, object]]) -> list[str]:
+    """The arms that some column has, in the order of `ARMS`."""
+    columns = list(columns)
+    return [arm for arm in ARMS if any(arm in column for column in columns)]
 
 
 def _norm(norm: str) -> str:
@@ -194,7 +201,7 @@ def _times_section(records: Sequence[Record]) -> str:
     for record in records:
         cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
         columns.setdefault(cell, {})[record["arm"]] = record
-    arms = list(dict.fromkeys(arm for column in columns.values() for arm in column))
+    arms = _in_order(columns.values())
     rows = [
         [
             arm,
@@ -258,7 +265,7 @@ def _panels(num: int, height: float, **options: object) -> tuple[Figure, list[Ax
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(2.6 + 2.9 * num_columns, 1.2 + height * num_rows),
+        figsize=(max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows),
         squeeze=False,
         layout="constrained",
         **options,
@@ -274,7 +281,7 @@ def _failure_percent(cell: Cell) -> float:
 
 def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
-    arms = list(dict.fromkeys(arm for column in table.values() for arm in column))
+    arms = _in_order(table.values())
     figure, axes = _panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for row, arm in enumerate(arms):
@@ -392,4 +399,14 @@ def _histogram(ax: Axes, score: Score) -> QuadMesh:
     for place, index in ((1, 3), (2, 0), (3, 3)):
         values = 10 ** quartiles[..., place]  # [seeds, steps]
         figures.band(ax, steps, values, index, label="")
+    if not np.isfinite(exponents[-1]).any():
+        lost = steps[~np.isfinite(exponents).any(axis=1)]
+        ax.text(
+            0.5,
+            0.5,
+            f"all zero or not\na number at step {lost[0]}",
+            transform=ax.transAxes,
+            ha="center",
+            fontsize=8,
+        )
     return mesh
