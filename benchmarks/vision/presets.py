@@ -18,7 +18,8 @@ class Cell:
         norm: of the model.
         data: a name of `DATASETS`.
         optimizer: a name of `OPTIMIZERS`.
-        learning_rate: the only one; None where each arm's is to be chosen.
+        rates: of learning, to choose from for each arm, in the scale of arm "none";
+            none: the optimizer's. A single one is used as it is.
         steps: number of updates.
         batch: images in each.
         scored: images that the accuracy is of, at most.
@@ -30,7 +31,7 @@ class Cell:
     norm: Norm = "none"
     data: str = "digits"
     optimizer: str = "momentum"
-    learning_rate: float | None = None
+    rates: tuple[float, ...] = ()
     steps: int = 200
     batch: int = 32
     scored: int = 10_000
@@ -55,7 +56,7 @@ class Preset:
 
 
 def _entry(preset: str, cell: Cell, arm: str) -> Entry:
-    fixed = cell.learning_rate
+    rates = cell.rates or OPTIMIZERS[cell.optimizer].rates
     settings = {
         "preset": preset,
         "model": cell.model,
@@ -63,21 +64,21 @@ def _entry(preset: str, cell: Cell, arm: str) -> Entry:
         "norm": cell.norm,
         "data": cell.data,
         "optimizer": cell.optimizer,
-        "rate": "tuned" if fixed is None else f"{fixed:g}",
+        "rate": "tuned" if len(rates) > 1 else f"{rates[0]:g}",
         "batch": cell.batch,
         "steps": cell.steps,
         "scored": cell.scored,
         "arm": arm,
     }
-    rates = OPTIMIZERS[cell.optimizer].rates if fixed is None else (fixed,)
-    rates = ARMS[arm].rates(cell.optimizer, rates)
-    return Entry(settings, rates, cost=cell.steps)
+    return Entry(settings, ARMS[arm].rates(cell.optimizer, rates), cost=cell.steps)
 
 
 CONSTANT = "StableGrad, constant 0.01"
 PREDICTION = "StableGrad, prediction"
 WEIGHTS_ONLY = "StableGrad, weights only"
 
+# Half decades: at 0.001 and 0.01 the plain net still stands or already overshoots.
+_FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _PLAIN = ("none", WEIGHTS_ONLY, CONSTANT, "clip 1")
 _WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
 _TUNED = ("none", CONSTANT, "clip 1")
@@ -107,12 +108,17 @@ PRESETS: dict[str, Preset] = {
     ),
     "cpu": Preset(
         cells=(
-            Cell("ResNet-56", 8, learning_rate=0.01),
-            Cell("plain-24, gain 0.75", 8, arms=_PLAIN),
+            Cell("ResNet-56", 8, rates=(0.01,)),
+            Cell("plain-24, gain 0.75", 8, rates=_FINE, arms=_PLAIN),
             Cell("ResNet-56", 8, "batch", arms=_WITH_BATCHNORM[:2]),
             Cell("ResNet-20", 8, "batch", arms=_WITH_BATCHNORM),
             Cell("VGG-16", 8, "batch", arms=_WITH_BATCHNORM),
-            Cell("plain-24, gain 0.75, no conv biases", 8, arms=_PLAIN[1:3]),
+            Cell(
+                "plain-24, gain 0.75, no conv biases",
+                8,
+                rates=_FINE,
+                arms=_PLAIN[1:3],
+            ),
             Cell("ResNet-56", 8, arms=_TUNED),
             Cell("ResNet-56", 8, optimizer="AdamW", arms=_TUNED),
             Cell("ResNet-56", 8, optimizer="AdamW b2=0.9", arms=_TUNED),
@@ -126,7 +132,7 @@ PRESETS: dict[str, Preset] = {
                 model,
                 width,
                 data="cifar10-jpeg",
-                learning_rate=0.01,
+                rates=(0.01,),
                 steps=steps,
                 scored=1000,
                 arms=arms,

@@ -78,7 +78,7 @@ Written by `python -m benchmarks.report vision` from `vision.jsonl`; not edited 
 
 Accuracies on test images after the last step. A run fails if its accuracy is not \
 above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
-is "tuned", each arm's is the one of its set of three with the lowest median error \
+is "tuned", each arm's is the one of its fixed set with the lowest median error \
 over the tuning seeds on validation images, failures last; else all arms have the rate \
 that is named, in their own scale: under momentum 0.03 times it for the two \
 "prediction" arms, 0.01 times it for "z-score", whose gradients are larger by as much. \
