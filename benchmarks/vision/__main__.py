@@ -1,8 +1,8 @@
 """Train image classifiers with every arm, and keep every run.
 
-Each arm's learning rate is the best of a fixed set by the accuracy on validation images over
-the tuning seeds, failures last; fresh seeds are then reported on test images. Arms have
-equal steps, initial weights and batches. Finished runs are one JSON line each; a
+Each arm's learning rate is the best of a fixed set by the accuracy on validation images
+over the tuning seeds, failures last; fresh seeds are then reported on test images. Arms
+have equal steps, initial weights and batches. Finished runs are one JSON line each; a
 command that was stopped goes on where it was. `python -m benchmarks.report vision`
 draws them.
 
