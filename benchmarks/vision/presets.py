@@ -79,7 +79,7 @@ WEIGHTS_ONLY = "StableGrad, weights only"
 
 # Half decades: at 0.001 and 0.01 the plain net still stands or already overshoots.
 _FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_PLAIN = ("none", WEIGHTS_ONLY, CONSTANT, "clip 1")
+_PLAIN = ("none", WEIGHTS_ONLY, CONSTANT, PREDICTION, "clip 1")
 _WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
 _TUNED = ("none", CONSTANT, "clip 1")
 _CIFAR = ("none", CONSTANT, PREDICTION, "clip 1")

@@ -366,6 +366,7 @@ def _gradients_figure(table: Scores) -> Figure | None:
             mesh = _histogram(ax, table[cell][arm])
             ax.set_title(f"{_title(cell)}\n{arm}" if ax is row[0] else arm, fontsize=8)
             ax.set(xscale="log", yscale="log", xlabel="step")
+        row[0].set_ylim(_std_limits([table[cell][arm] for arm in arms]))
         row[0].set_ylabel(r"std of $\partial L/\partial W$")
     figure.colorbar(mesh, ax=axes, label="share of the kernels, first reported seed")
     figure.suptitle(
@@ -376,11 +377,21 @@ def _gradients_figure(table: Scores) -> Figure | None:
     return figure
 
 
+def _layers(score: Score) -> np.ndarray:
+    """log10 of the kernels' std, of one seed: f[records, kernels]."""
+    (layers,) = (r["layers"] for r in score.records if "layers" in r)
+    return np.array(layers, float)
+
+
+def _std_limits(of_arms: Sequence[Score]) -> tuple[float, float]:
+    exponents = np.concatenate([_layers(score).ravel() for score in of_arms])
+    finite = exponents[np.isfinite(exponents)]
+    return 10 ** (finite.min() - 0.5), 10 ** (finite.max() + 0.5)
+
+
 def _histogram(ax: Axes, score: Score) -> QuadMesh:
     """log10 std against step: shares of one seed, quartiles of all."""
-    (layers,) = (r["layers"] for r in score.records if "layers" in r)
-    steps = np.array(score.records[0]["curve"]["step"])
-    exponents = np.array(layers, float)  # [steps, kernels]
+    steps, exponents = np.array(score.records[0]["curve"]["step"]), _layers(score)
     finite = exponents[np.isfinite(exponents)]
     low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 1.0)
     edges = np.arange(np.floor(4 * low) / 4, high + 0.5, 0.25)
