@@ -320,8 +320,9 @@ def _curves_figure(table: Scores) -> Figure:
     arms = _focus(table)
     figure, axes = _panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
-        for index, arm in enumerate(arms):
+        for arm in arms:
             if arm in column:
+                index = FOCUS.index(arm)  # an arm's colour in every figure
                 curves = [record["curve"] for record in column[arm].records]
                 percent = 100 * np.array([c["accuracy"] for c in curves], float)
                 figures.band(ax, np.array(curves[0]["step"]), percent, index, label=arm)
@@ -331,7 +332,7 @@ def _curves_figure(table: Scores) -> Figure:
         ax.grid(alpha=0.3)
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
-    lines = [plt.Line2D([], [], **figures.line(i)) for i in range(len(arms))]
+    lines = [plt.Line2D([], [], **figures.line(FOCUS.index(arm))) for arm in arms]
     figure.legend(
         lines, arms, loc="outside right center", fontsize=8, title="median of"
     )
