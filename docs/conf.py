@@ -13,7 +13,9 @@ def copy(source: Path, target: Path, *suffixes: str) -> None:
     """Bring files that Sphinx must find below its own folder."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.glob("*")):
-        if path.suffix in suffixes:
+        # A page needs a title: notes without one stay where they are.
+        is_note = path.suffix == ".md" and not path.read_text().startswith("# ")
+        if path.suffix in suffixes and not is_note:
             shutil.copy2(path, target)
 
 
