@@ -114,13 +114,15 @@ def test_every_arm_makes_a_finite_first_step(arm):
 
 def test_a_batch_does_what_train_does():
     """Two programs for one training: their rounding differs, little else may."""
-    two = [
-        Run({**SETTINGS, "arm": ARM}, 1e-3, seed, "reported", detailed=seed == 4)
-        for seed in (3, 4)
-    ]
+    settings = {
+        **SETTINGS,
+        "depth": 10,
+        "arm": ARM,
+    }  # "dense_10" sorts before "dense_2"
+    two = [Run(settings, 1e-3, seed, "reported", detailed=seed == 4) for seed in (3, 4)]
     ticks = []
     records = batch.train_batch(two, lambda: ticks.append(None))
-    cell = Cell(PROBLEMS["poisson"](), Network(2, 8), (ARM,), 1e-3, 12)
+    cell = Cell(PROBLEMS["poisson"](), Network(10, 8), (ARM,), 1e-3, 12)
     for run, record in zip(two, records, strict=True):
         _, history = train(cell, run.seed)
         error = history.error[ARM][-1]
@@ -132,8 +134,9 @@ def test_a_batch_does_what_train_does():
     assert len(ticks) == len(records[0]["curve"]["step"])
     assert "layers" not in records[0]
     layers = np.array(records[1]["layers"])
-    assert layers.shape == (len(ticks), 3)
-    for layer in range(3):
+    assert layers.shape == (len(ticks), 11)
+    assert list(history.grad_std[ARM]) == [f"dense_{i}/kernel" for i in range(11)]
+    for layer in range(11):
         std = history.grad_std[ARM][f"dense_{layer}/kernel"][-1]
         assert layers[-1, layer] == pytest.approx(np.log10(std), abs=0.06)
 

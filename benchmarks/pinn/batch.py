@@ -77,7 +77,7 @@ def train_batch(runs: Sequence[Run], tick: Callable[[], None]) -> list[Record]:
         done = stop
         error, stds = jax.device_get(_measure(problem, network, params, grads))
         errors.append(error)
-        layers.append(np.stack(list(stds.values()), axis=-1))
+        layers.append(stds)
         tick()
 
     return [
@@ -178,12 +178,13 @@ def _update(
 @partial(jax.jit, static_argnums=(0, 1))
 def _measure(
     problem: Problem, network: Network, params: Params, grads: Params
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The error f[runs], and the std of each kernel's gradient f[runs]."""
+) -> tuple[jax.Array, jax.Array]:
+    """The error f[runs], and the std of each kernel's gradient f[runs, layers]."""
     points = jnp.stack(jnp.meshgrid(*problem.axes(), indexing="ij"), -1)
     points = points.astype(jnp.float32)
     prediction = jax.lax.map(lambda run: network.apply(run, points), params)
-    return relative_l2(prediction, _solution(problem)), gradient_stds(grads)
+    stds = jnp.stack(list(gradient_stds(grads).values()), -1)
+    return relative_l2(prediction, _solution(problem)), stds
 
 
 def _record(

@@ -242,6 +242,9 @@ def _depth_figure(table: Scores) -> Figure:
         ax.set_xlabel("depth")
     for ax in axes.flat[len(order) :]:
         ax.set_axis_off()
+    # Room for the counts where there are any; when all is drawn, for it fixes the rest.
+    if any(not score.solved for arms in table.values() for score in arms.values()):
+        axes[0, 0].set_ylim(top=10)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
     _legend(figure, arms)
@@ -277,9 +280,6 @@ def _depth_panel(
             )
     figures.failure_line(ax, FAILURE_ERROR)
     ax.set(xscale="log", yscale="log")
-    # Room for the counts where there are any.
-    if any(not s.solved for column in panel.values() for s in column.values()):
-        ax.set_ylim(top=10)
     ax.set_xticks(list(panel), labels=[str(depth) for depth in panel])
     ax.minorticks_off()
     low, high = min(panel), max(panel)

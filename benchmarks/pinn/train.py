@@ -174,11 +174,20 @@ def measure(
 
 
 def gradient_stds(grads: Params) -> dict[str, jax.Array]:
-    """Each kernel's std f[arms], from leaves [arms, ...], from the input on."""
+    """Each kernel's std f[arms], from leaves [arms, ...].
+
+    From the input on; a jitted function that returns it sorts it by name, "dense_10"
+    before "dense_2".
+    """
     return {
-        f"{layer}/kernel": jax.vmap(_std)(grads[layer]["kernel"])
-        for layer in (f"dense_{i}" for i in range(len(grads)))
+        kernel: jax.vmap(_std)(grads[kernel.removesuffix("/kernel")]["kernel"])
+        for kernel in kernels(len(grads))
     }
+
+
+def kernels(num_layers: int) -> list[str]:
+    """The names of the kernels, from the input on."""
+    return [f"dense_{layer}/kernel" for layer in range(num_layers)]
 
 
 def train(
@@ -261,7 +270,7 @@ def _history(cell: Cell, records: list[Record]) -> History:
 
     of_kernel = {
         kernel: per_arm([record.grad_std[kernel] for record in records])
-        for kernel in records[0].grad_std
+        for kernel in kernels(len(records[0].grad_std))
     }
     grad_std = {arm: {k: of_kernel[k][arm] for k in of_kernel} for arm in cell.arms}
     scaled_std = {
