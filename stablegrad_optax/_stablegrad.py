@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from stablegrad_optax import _leaves, _statistics
 from stablegrad_optax._checks import require_number, require_scalar
-
-Indices = npt.NDArray[np.int64]
+from stablegrad_optax._statistics import Indices
 
 REFERENCE_DECAY = 0.95  # of the running mean behind max_reference_growth
 
@@ -261,7 +259,9 @@ class _Groups(NamedTuple):
     leaves: list[_leaves.Leaf]  # one of each group
     pools: list[tuple[Indices, Indices]]  # weights' slices [k, slices], their sizes [k]
     of_scaled: list[int]  # the group of each scaled leaf
-    slices: Indices  # for each slice of each scaled leaf, its place among the groups'
+    slices: (
+        _statistics.Indices
+    )  # for each slice of each scaled leaf, its place among the groups'
 
 
 def _group(layout: _leaves.Layout) -> _Groups:
@@ -271,7 +271,7 @@ def _group(layout: _leaves.Layout) -> _Groups:
     by slice those that are stacked like it, and the whole of the others.
     """
     weights = [layout.leaves[i] for i in layout.weights]
-    slices = dict(zip(layout.weights, _slices(weights), strict=True))
+    slices = dict(zip(layout.weights, _statistics.places(weights), strict=True))
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {
         ((i,), layout.leaves[i].stack): n for n, i in enumerate(layout.weights)
     }
@@ -291,15 +291,9 @@ def _group(layout: _leaves.Layout) -> _Groups:
                 sizes.append(np.full(len(row), source.slice_size))
             pools.append((np.concatenate(rows), np.concatenate(sizes)))
         of_scaled.append(groups[key])
-    place = _slices(leaves)
+    place = _statistics.places(leaves)
     chosen = [np.zeros(0, np.int64), *(place[group] for group in of_scaled)]
     return _Groups(leaves, pools, of_scaled, np.concatenate(chosen))
-
-
-def _slices(leaves: list[_leaves.Leaf]) -> list[Indices]:
-    """The places of each leaf's slices in a vector of all."""
-    ends = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])
-    return [np.arange(*ends[i : i + 2]) for i in range(len(leaves))]
 
 
 def _pool(spreads: jax.Array, groups: _Groups) -> jax.Array:

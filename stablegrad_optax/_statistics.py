@@ -1,10 +1,10 @@
 """Standard deviations and norms of gradient leaves, safe at every magnitude.
 
-Each statistic comes from plain float32 (float64) sums of g and g^2: one pass over the
-gradient, nothing of its size written, one all-reduce for all leaves when they are
-sharded. Where that would lose digits, one ``lax.cond`` on one scalar takes a careful
-path for the whole tree: the same sums, each slice times its own exact power of two,
-and the squares about the mean.
+Each statistic comes from plain float32 (float64) sums of g and g^2: nothing of the
+gradient's size is written but a copy of its small leaves, which are summed together;
+one all-reduce for all leaves when they are sharded. Where that would lose digits, one
+``lax.cond`` on one scalar takes a careful path for the whole tree: the same sums, each
+slice times its own exact power of two, and the squares about the mean.
 
 A statistic is one vector with an entry per slice of each weight, in the order of the
 tree. All arithmetic but the sums themselves is on such vectors: what a program does
@@ -35,7 +35,6 @@ SPREAD_FLOOR = 0.1
 # Variance over mean square. Above, E[g^2] - E[g]^2 in float32 is right to 1e-5; below
 # the interval it is lost in rounding, and so far below the floor that it plays no part.
 CANCELLATION = (0.5 * SPREAD_FLOOR**2, 0.2)
-
 
 # Leaves of at most so many elements are stacked for their sums, so many at a time.
 STACKED_SIZE, STACKED_LEAVES = 4096, 32
@@ -196,6 +195,12 @@ def concatenate(vectors: Sequence[jax.Array], block: int = 32) -> jax.Array:
     return vectors[0]
 
 
+def places(leaves: Sequence[Leaf]) -> list[Indices]:
+    """The places of each leaf's slices in a vector of all."""
+    ends = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])
+    return [np.arange(*ends[i : i + 2]) for i in range(len(leaves))]
+
+
 def positions(values: jax.Array, leaves: Sequence[Leaf]) -> Starts:
     """Where each leaf's slices begin in a vector of slices, u32[] each.
 
@@ -300,9 +305,9 @@ class _Weights(NamedTuple):
         ]
         dtype = np.result_type(self.sizes.dtype, *{each.dtype for each in sums})
         total = concatenate([each.astype(dtype) for each in sums])
-        places = np.concatenate([part.places for part in self.parts])
-        if (places[1:] < places[:-1]).any():
-            total = total[np.argsort(places)]
+        order = np.concatenate([part.places for part in self.parts])
+        if (order[1:] < order[:-1]).any():
+            total = total[np.argsort(order)]
         # XLA would pull the division out of the mean's square, and let it overflow.
         return lax.optimization_barrier(total / self.sizes.astype(dtype))
 
@@ -310,16 +315,16 @@ class _Weights(NamedTuple):
 def _weights(arrays: Sequence[jax.Array], layout: Layout, starts: Starts) -> _Weights:
     leaves = [layout.leaves[i] for i in layout.weights]
     sizes = [np.full(leaf.num_slices, max(leaf.slice_size, 1)) for leaf in leaves]
-    ends = np.cumsum([0, *(leaf.num_slices for leaf in leaves)])
+    of_leaves = places(leaves)
     parts = []
     for block in _blocks([arrays[i] for i in layout.weights], leaves):
-        members = [arrays[layout.weights[n]] for n in block]
-        places = np.concatenate([np.arange(*ends[n : n + 2]) for n in block])
-        if len(block) == 1:
-            (n,) = block
-            parts.append(_Part(members[0], leaves[n].num_stacked, places, starts[n]))
+        first, *others = (arrays[layout.weights[n]] for n in block)
+        if others:
+            of_block = np.concatenate([of_leaves[n] for n in block])
+            parts.append(_Part(jnp.stack([first, *others]), 1, of_block, None))
         else:
-            parts.append(_Part(jnp.stack(members), 1, places, None))
+            (n,) = block
+            parts.append(_Part(first, leaves[n].num_stacked, of_leaves[n], starts[n]))
     size = np.concatenate([np.zeros(0), *sizes])
     return _Weights(parts, leaves, jnp.asarray(size, widest_statistics_dtype(leaves)))
 
