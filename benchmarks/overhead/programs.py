@@ -115,8 +115,8 @@ def compile_time(arm: Arm, num_leaves: int) -> CompileTime:
     return CompileTime(traced - begin, time.process_time() - traced)
 
 
-def all_reduces(arm: Arm, num_leaves: int) -> Kernels:
-    """Collectives of a step for leaves that are sharded over all devices."""
+def all_reduces(arm: Arm, num_leaves: int, width: int = 256) -> Kernels:
+    """Collectives of a step for square leaves that are sharded over all devices."""
     mesh = jax.make_mesh((jax.device_count(),), ("shards",))
     sharding = NamedSharding(mesh, PartitionSpec("shards"))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -125,7 +125,8 @@ def all_reduces(arm: Arm, num_leaves: int) -> Kernels:
         where = sharding if leaf.ndim == 2 else everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    tree = trees.abstract(trees.equal(num_leaves), jnp.dtype("float32"))
+    shapes = trees.equal(num_leaves, (width, width))
+    tree = trees.abstract(shapes, jnp.dtype("float32"))
     tree, state = jax.tree.map(place, (tree, abstract_state(arm, tree)))
     text = step_of(arm).lower(tree, state, tree).compile().as_text()
     entry = text[text.index("\nENTRY") :]
