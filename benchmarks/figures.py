@@ -1,7 +1,7 @@
 """Figures that the benchmarks share, and the words that say where they come from."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -191,6 +191,28 @@ def save(figure: Figure, path: Path) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
         plt.close(figure)
+
+
+def save_all(
+    drawn: Iterable[tuple[str, Figure | None]], footer: str, folder: Path, stem: str
+) -> list[Path]:
+    """Write each figure that there is as `<stem>_<name>.png`; returns their paths.
+
+    Args:
+        drawn: name, figure; one that is drawn when its turn comes is freed before the
+            next one.
+        footer: says below each where its numbers come from.
+        folder: where to.
+        stem: how the files' names begin.
+    """
+    paths = []
+    for name, figure in drawn:
+        if figure is None:
+            continue
+        figure.supxlabel(footer, fontsize=7, color="0.3")
+        paths.append(folder / f"{stem}_{name}.png")
+        save(figure, paths[-1])
+    return paths
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

@@ -241,15 +241,8 @@ def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
         "curves": _curves_figure,
         "gradients": _gradients_figure,
     }
-    paths = []
-    for name, draw in drawings.items():
-        figure = draw(table)
-        if figure is None:
-            continue
-        figure.supxlabel(footer, fontsize=7, color="0.3")
-        paths.append(folder / f"vision_{preset}_{name}.png")
-        figures.save(figure, paths[-1])
-    return paths
+    drawn = ((name, draw(table)) for name, draw in drawings.items())
+    return figures.save_all(drawn, footer, folder, f"vision_{preset}")
 
 
 def _title(cell: Cell) -> str:
