@@ -1,5 +1,8 @@
 """Forward streams are the network's derivatives; initial weights follow their law."""
 
+from functools import partial
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,34 +13,80 @@ from benchmarks.pinn.network import ACTIVATIONS, INITIALIZERS, Network
 SECOND = ((1.0, 1.0), (1.0, 0.0), (0.5, -2.0))
 
 
+def plain(network, params, x):
+    """The network as one would write it, for one point."""
+    f = {"tanh": jnp.tanh, "sin": jnp.sin, "silu": jax.nn.silu}[network.activation]
+    for layer in range(network.depth):
+        dense = params[f"dense_{layer}"]
+        x = f(x @ dense["kernel"] + dense["bias"])
+    return (x @ params[f"dense_{network.depth}"]["kernel"])[0]
+
+
+def by_jax(network, params, points):
+    """What `Network.derivatives` returns, by JAX's own derivatives of `plain`."""
+    u = partial(plain, network, params)
+
+    def at_point(x):
+        hessian = jnp.diag(jax.hessian(u)(x))
+        return u(x), jax.grad(u)(x), jnp.asarray(SECOND) @ hessian
+
+    value, *others = jax.vmap(jax.vmap(at_point))(points)
+    return value, *(jnp.moveaxis(other, -1, 0) for other in others)
+
+
+def assert_near(actual, expected):
+    # Sums of 16 products of order one in float32, a few layers deep.
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations_know_their_derivatives(activation):
+    z = jnp.linspace(-4, 4, 41)
+    f = activation(z)
+    for lower, higher in pairwise(f._fields):
+        derivative = jax.vmap(
+            jax.grad(lambda z, name=lower: getattr(activation(z), name))
+        )
+        # A few roundings of terms up to 4.
+        np.testing.assert_allclose(getattr(f, higher), derivative(z), atol=4e-6)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("depth", [1, 4])
 def test_streams_agree_with_jax_hessian(activation, depth):
     network = Network(depth, 16, activation, initializer="uniform")
     params = network.init(jax.random.key(1))
     points = jax.random.uniform(jax.random.key(2), (3, 5, 2), minval=-1)
-
-    def plain(x):
-        """The network as one would write it, for one point."""
-        f = {"tanh": jnp.tanh, "sin": jnp.sin, "silu": jax.nn.silu}[activation]
-        for layer in range(depth):
-            dense = params[f"dense_{layer}"]
-            x = f(x @ dense["kernel"] + dense["bias"])
-        return (x @ params[f"dense_{depth}"]["kernel"])[0]
-
-    def over_points(function):
-        return jax.jit(jax.vmap(jax.vmap(function)))(points)
-
     u = jax.jit(lambda p, x: network.derivatives(p, x, SECOND))(params, points)
-    hessian = over_points(lambda x: jnp.diag(jax.hessian(plain)(x)))
-    # Sums of 16 products of order one in float32, a few layers deep.
-    near = {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(u.value, over_points(plain), **near)
-    np.testing.assert_allclose(
-        u.gradient, jnp.moveaxis(over_points(jax.grad(plain)), -1, 0), **near
-    )
-    expected = jnp.moveaxis(hessian @ jnp.asarray(SECOND).T, -1, 0)
-    np.testing.assert_allclose(u.second, expected, **near)
+    expected = jax.jit(partial(by_jax, network))(params, points)
+    jax.tree.map(assert_near, tuple(u), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_their_gradient_agrees_with_jax(activation):
+    network = Network(3, 16, activation, initializer="uniform")
+    params = network.init(jax.random.key(1))
+    points = jax.random.uniform(jax.random.key(2), (15, 1, 2), minval=-1)
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(derivatives, params):
+        """Of a sum in which every derivative has weights of its own."""
+
+        def weighted(params):
+            fields = tuple(derivatives(params, points))
+            keys = jax.random.split(jax.random.key(3), len(fields))
+            return sum(
+                jnp.mean(jax.random.normal(key, field.shape) * field)
+                for key, field in zip(keys, fields, strict=True)
+            )
+
+        return jax.grad(weighted)(params)
+
+    ours = gradient(lambda p, x: network.derivatives(p, x, SECOND), params)
+    jax.tree.map(assert_near, ours, gradient(partial(by_jax, network), params))
+    value_alone = gradient(lambda p, x: (network.apply(p, x),), params)
+    expected = gradient(lambda p, x: by_jax(network, p, x)[:1], params)
+    jax.tree.map(assert_near, value_alone, expected)
 
 
 def test_asking_for_less_gives_the_same_less():
