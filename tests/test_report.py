@@ -185,6 +185,12 @@ def test_only_weights_decide_on_the_balance():
     assert gradient_report(vectors).std_ratio == pytest.approx(1e5)
 
 
+def test_none_leaves_a_leaf_out():
+    grads = layers_of(1.0, 1.0, 1e-9)
+    grads["layer_2"] = dict.fromkeys(grads["layer_2"])
+    assert gradient_report(grads).verdict == "healthy"
+
+
 def test_a_gradient_without_spread_is_not_vanishing():
     """All entries alike: the std is 0, but stablegrad divides by rms / 10."""
     report = gradient_report({"kernel": np.ones((4, 4)), "other": np.ones((4, 4))})
