@@ -241,9 +241,9 @@ def gradient_report(grads: PyTree, *, adam_eps: float = 1e-8) -> GradientReport:
 
     Args:
       grads: A pytree of gradients: of linen, nnx or Equinox models or any other;
-        sharded arrays too. Leaves that are not floating, and ``None``, do not count: put
-        ``None`` for biases with two axes, such as those of Flax's attention, of which
-        the keys' has a gradient of rounding alone and makes any such model look
+        sharded arrays too. Leaves that are not floating, and ``None``, do not count:
+        put ``None`` for biases with two axes, such as those of Flax's attention, of
+        which the keys' has a gradient of rounding alone and makes any such model look
         unbalanced. A leaf that stacks layers counts as one.
       adam_eps: The eps of the Adam that the gradients are meant for: entries far below
         it do not move their parameters. 1e-8 is Optax's default.
