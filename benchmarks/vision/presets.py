@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         cells=(
             Cell("ResNet-56", 8, rates=(0.01,)),
             Cell("plain-24, gain 0.75", 8, rates=_FINE, arms=_PLAIN),
-            Cell("ResNet-56", 8, "batch", arms=_WITH_BATCHNORM[:2]),
+            Cell("ResNet-56", 8, "batch", arms=_WITH_BATCHNORM),
             Cell("ResNet-20", 8, "batch", arms=_WITH_BATCHNORM),
             Cell("VGG-16", 8, "batch", arms=_WITH_BATCHNORM),
             Cell(
