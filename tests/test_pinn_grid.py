@@ -157,7 +157,7 @@ def test_initializers_and_rates_may_be_mixed_in_a_batch():
 def test_presets_are_what_the_help_says():
     cpu = PRESETS["cpu"]
     cells = {dataclasses.replace(cell) for cell in cpu.cells}
-    assert len(cells) == len(cpu.cells) == 24
+    assert len(cells) == len(cpu.cells) == 25
     assert len({len(group) for group in cpu.groups("cpu")}) == 1
     for preset in PRESETS.values():
         seeds = preset.protocol

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.command_line import fail, parse
 from benchmarks.overhead import report
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS
+from benchmarks.overhead.arms import ARMS, BASELINE, LEFT_OUT, OURS
 from benchmarks.overhead.suite import COMPILED, Record, Suite
 from benchmarks.runs import RESULTS
 
@@ -105,7 +105,9 @@ def _measure(suite: Suite, options: Options) -> Iterator[list[Record]]:
         elif part == "updates":
             for dtype in options.dtypes:
                 for tree in options.trees:
-                    yield suite.updates(tree, dtype, list(ARMS))
+                    left_out = LEFT_OUT.get((tree, dtype), ())
+                    arms = [arm for arm in ARMS if arm not in left_out]
+                    yield suite.updates(tree, dtype, arms)
         elif part == "training":
             for network in options.networks:
                 yield suite.training(network, (BASELINE, *OURS))
