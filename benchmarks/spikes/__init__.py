@@ -1,0 +1,1 @@
+"""Spikes, low precision and weight decay: what GradientStabilizer is for."""

@@ -1,0 +1,203 @@
+"""The grids that can be asked for by name."""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.runs import Entry, Protocol
+from benchmarks.spikes.arms import ARMS
+from benchmarks.spikes.models import Numbers
+from benchmarks.spikes.tasks import TASKS, Size
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained, and with which arms.
+
+    Attributes:
+        task: a name of `TASKS`.
+        rates: of learning: to choose from for each arm where `tuned`, else all of them
+            are reported.
+        optimizer: a name of `OPTIMIZERS`.
+        numbers: what the model computes in.
+        disturbance: a name of `DISTURBANCES`.
+        spike: which update is the disturbed one; 0: none.
+        weight_decay: added to the gradient; a number, as it is to be written.
+        steps: number of updates.
+        batch: examples in each.
+        size: of the model.
+        arms: names of `ARMS`.
+    """
+
+    task: str
+    rates: tuple[float, ...]
+    tuned: bool = True
+    optimizer: str = "Adam"
+    numbers: Numbers = "float32"
+    disturbance: str = "none"
+    spike: int = 0
+    weight_decay: str = "0"
+    steps: int = 200
+    batch: int = 8
+    size: Size = "cpu"
+    arms: tuple[str, ...] = tuple(ARMS)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A grid.
+
+    Attributes:
+        cells: in the order in which they are computed.
+        protocol: its seeds.
+    """
+
+    cells: tuple[Cell, ...]
+    protocol: Protocol
+
+    def groups(self, name: str) -> list[list[Entry]]:
+        """The entries, each a group: runs of one arm are trained in turn."""
+        return [
+            [entry]
+            for cell in self.cells
+            for arm in cell.arms
+            for entry in _entries(name, cell, arm)
+        ]
+
+
+def _entries(preset: str, cell: Cell, arm: str) -> list[Entry]:
+    settings = {
+        "preset": preset,
+        "task": cell.task,
+        "size": cell.size,
+        "numbers": cell.numbers,
+        "disturbance": cell.disturbance,
+        "spike": cell.spike,
+        "weight_decay": cell.weight_decay,
+        "optimizer": cell.optimizer,
+        "batch": cell.batch,
+        "steps": cell.steps,
+        "arm": arm,
+    }
+    if cell.tuned:
+        return [Entry({**settings, "rate": "tuned"}, cell.rates, cell.steps)]
+    return [
+        Entry({**settings, "rate": f"{rate:g}"}, (rate,), cell.steps)
+        for rate in cell.rates
+    ]
+
+
+SPIKES = ("loss x10", "loss x100", "loss x1e4")
+NOISES = ("none", "noise of 1 range", "noise of 2 ranges", "noise of 3 ranges")
+DECAYS = ("0", "1e-4", "5e-4")
+
+_STABILIZERS = tuple(arm for arm in ARMS if arm.startswith("GradientStabilizer"))
+# A constant factor cancels in Adam and Lion, but for eps: it is a control of the decay.
+_ARMS = tuple(arm for arm in ARMS if arm != "constant factor 30")
+_DECAYED = (
+    "none",
+    "norm clip 1",
+    *_STABILIZERS,
+    "StableGrad, constant 1",
+    "unit norm of each leaf",
+    "constant factor 30",
+)
+_FEW = (
+    "none",
+    "norm clip 1",
+    "ZClip",
+    "GradientStabilizer",
+    "GradientStabilizer, max_norm_ratio 2",
+    "StableGrad, prediction, limit 2",
+)
+# Half decades; over two decades for the range in which an arm does not diverge.
+_RATES = (1e-3, 3e-3, 1e-2)
+_TWO_DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_LOWER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_LOWEST = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+
+# One of 700 updates, 500 before the last.
+_spiked_text = Cell("lm", (3e-3,), tuned=False, spike=200, steps=700, arms=_ARMS)
+_spiked_digits = replace(_spiked_text, task="resnet20", batch=16, arms=_FEW)
+
+
+def _with(cell: Cell, name: str, values: tuple[str, ...]) -> tuple[Cell, ...]:
+    """A cell for each value of one of its attributes."""
+    return tuple(replace(cell, **{name: value}) for value in values)
+
+
+def _large(task: str) -> tuple[Cell, ...]:
+    """All that the issue of the method names, in one task."""
+    one = Cell(
+        task,
+        _RATES,
+        steps=5000,
+        batch=32 if task == "lm" else 128,
+        size="gpu",
+    )
+    spiked = replace(one, spike=2500, rates=(1e-3,), tuned=False)
+    spikes = SPIKES if task == "lm" else (*SPIKES, "inputs x100")
+    numbers = ("float32",) if task == "resnet20" else ("float32", "float16", "fp4")
+    noises = NOISES[1:] if task == "forecast" else ()
+    return (
+        *_with(spiked, "disturbance", ("none", *spikes)),
+        *(
+            replace(one, tuned=False, optimizer=optimizer, rates=rates)
+            for optimizer, rates in (
+                ("Adam", _LOWER),
+                ("AdamW", _LOWER),
+                ("Lion", _LOWEST),
+            )
+        ),
+        *_with(one, "numbers", numbers),
+        *_with(one, "disturbance", noises),
+        *_with(one, "weight_decay", DECAYS[1:]),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    # Every part of the machinery, in seconds; its errors mean nothing.
+    "smoke": Preset(
+        cells=(
+            Cell(
+                "forecast",
+                (1e-3,),
+                tuned=False,
+                spike=2,
+                steps=4,
+                size="tiny",
+                arms=("none", "GradientStabilizer"),
+            ),
+        ),
+        protocol=Protocol((0,), (100, 101, 102)),
+    ),
+    "cpu": Preset(
+        cells=(
+            *_with(_spiked_text, "disturbance", ("none", *SPIKES[::-1])),
+            Cell("lm", _TWO_DECADES, tuned=False, arms=_ARMS),
+            *_with(
+                Cell("resnet20", _RATES, batch=16, arms=_DECAYED),
+                "weight_decay",
+                DECAYS,
+            ),
+            *_with(Cell("lm", _RATES, arms=_ARMS), "numbers", ("float32", "fp4")),
+            *_with(
+                Cell("forecast", _RATES, optimizer="AdamW", batch=32, arms=_ARMS),
+                "disturbance",
+                NOISES,
+            ),
+            *_with(_spiked_digits, "disturbance", ("none", "inputs x100", "loss x1e4")),
+            Cell("lm", _RATES, numbers="float16", arms=_ARMS),
+            Cell(
+                "lm",
+                _LOWER,
+                tuned=False,
+                optimizer="Lion",
+                arms=_FEW,
+            ),
+        ),
+        protocol=Protocol(tuning_seeds=(0,), reported_seeds=(100, 101, 102)),
+    ),
+    "gpu": Preset(
+        cells=tuple(cell for task in TASKS for cell in _large(task)),
+        protocol=Protocol((0, 1), tuple(range(100, 105))),
+    ),
+}
