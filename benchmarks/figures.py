@@ -100,6 +100,39 @@ def band(
     ax.plot(x, np.where(np.isfinite(middle), middle, np.nan), **style, label=label)
 
 
+def panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
+    """So many panels, four in a row at most.
+
+    Args:
+        num: of panels.
+        height: of each, in inches.
+        **options: of `plt.subplots`.
+    """
+    num_columns = min(4, num)
+    num_rows = -(-num // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    for ax in axes.flat[num:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:num])
+
+
+def seeds(
+    ax: Axes, row: int, values: np.ndarray, failed: np.ndarray, middle: float
+) -> None:
+    """One row of a figure: a dot a seed, a cross where it failed, a bar at `middle`."""
+    height = row + np.linspace(-0.2, 0.2, len(values))
+    ax.plot(values[~failed], height[~failed], "o", color=PALETTE[3], ms=4)
+    ax.plot(values[failed], height[failed], "x", color=PALETTE[0], ms=5)
+    ax.plot([middle] * 2, [row - 0.35, row + 0.35], color="k")
+
+
 def heat_map(
     ax: Axes,
     steps: np.ndarray,

@@ -166,7 +166,8 @@ class _Board:
 
 def _describe(records: Sequence[Record]) -> str:
     first = records[0]
-    names = ("problem", "init", "depth", "model", "norm", "data", "arm")
+    names = ("problem", "init", "depth", "model", "norm", "data")
+    names += ("task", "numbers", "disturbance", "weight_decay", "arm")
     what = " ".join(str(first[name]) for name in names if name in first)
     error = float(np.median([runs.capped_error(record) for record in records]))
     failures = sum(record["failed"] for record in records)

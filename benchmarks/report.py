@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 import benchmarks.pinn.report
+import benchmarks.spikes.report
 import benchmarks.vision.report
 from benchmarks import runs
 from benchmarks.command_line import fail, parse
@@ -22,13 +23,14 @@ PROG = "python -m benchmarks.report"
 # suite -> (runs, folder) -> the files written
 SUITES: dict[str, Callable[[list[runs.Record], Path], list[Path]]] = {
     "pinn": benchmarks.pinn.report.write,
+    "spikes": benchmarks.spikes.report.write,
     "vision": benchmarks.vision.report.write,
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    suite: tyro.conf.Positional[Literal["pinn", "vision"]]
+    suite: tyro.conf.Positional[Literal["pinn", "spikes", "vision"]]
     """Whose runs."""
 
     results: Path | None = None

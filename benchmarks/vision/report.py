@@ -251,23 +251,6 @@ def _title(cell: Cell) -> str:
     return f"{model}, {_norm(norm)}\n{data}, {optimizer}, {how}"
 
 
-def _panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
-    """So many panels, four in a row at most."""
-    num_columns = min(4, num)
-    num_rows = -(-num // num_columns)
-    figure, axes = plt.subplots(
-        num_rows,
-        num_columns,
-        figsize=(max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows),
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
-    for ax in axes.flat[num:]:
-        ax.set_axis_off()
-    return figure, list(axes.flat[:num])
-
-
 def _failure_percent(cell: Cell) -> float:
     return 1.5 * CHANCE.get(str(cell[0]), 10.0)
 
@@ -275,21 +258,14 @@ def _failure_percent(cell: Cell) -> float:
 def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
     arms = _in_order(table.values())
-    figure, axes = _panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
+    figure, axes = figures.panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for row, arm in enumerate(arms):
             if arm not in column:
                 continue
             percent = _accuracies(column[arm])
             failed = np.array([record["failed"] for record in column[arm].records])
-            height = row + np.linspace(-0.2, 0.2, len(percent))
-            ax.plot(
-                percent[~failed], height[~failed], "o", color=figures.PALETTE[3], ms=4
-            )
-            ax.plot(
-                percent[failed], height[failed], "x", color=figures.PALETTE[0], ms=5
-            )
-            ax.plot([percent.mean()] * 2, [row - 0.35, row + 0.35], color="k")
+            figures.seeds(ax, row, percent, failed, percent.mean())
         ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
         ax.set(
             xlim=(0, 100),
@@ -311,7 +287,7 @@ def _accuracy_figure(table: Scores) -> Figure:
 def _curves_figure(table: Scores) -> Figure:
     """Accuracy against step in all cells."""
     arms = _focus(table)
-    figure, axes = _panels(len(table), 2.4, sharey=True)
+    figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for arm in arms:
             if arm in column:
