@@ -34,7 +34,7 @@ FOCUS = (
     "AdamW b2=0.9",
     "clip 1 + AdamW",
     "StableGrad + AdamW",
-    "StableGrad + AdamW b2=0.99",
+    "StableGrad + AdamW b2=0.9",
     "StableGrad, probe on residuals",
     "GradientStabilizer + AdamW",
 )
