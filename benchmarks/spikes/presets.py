@@ -115,8 +115,10 @@ _LOWER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _LOWEST = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 # One of 700 updates, 500 before the last.
-_spiked_text = Cell("lm", (3e-3,), tuned=False, spike=200, steps=700, arms=_ARMS)
-_spiked_digits = replace(_spiked_text, task="resnet20", batch=16, arms=_FEW)
+_SPIKED = Cell("lm", (3e-3,), tuned=False, spike=200, steps=700, arms=_ARMS)
+_SPIKED_DIGITS = replace(_SPIKED, task="resnet20", batch=16, arms=_FEW)
+_TEXT = Cell("lm", _RATES, arms=_ARMS)
+_SERIES = Cell("forecast", _RATES, optimizer="AdamW", batch=32, arms=_ARMS)
 
 
 def _with(cell: Cell, name: str, values: tuple[str, ...]) -> tuple[Cell, ...]:
@@ -157,42 +159,41 @@ PRESETS: dict[str, Preset] = {
     # Every part of the machinery, in seconds; its errors mean nothing.
     "smoke": Preset(
         cells=(
-            Cell(
-                "forecast",
-                (1e-3,),
-                tuned=False,
-                spike=2,
-                steps=4,
-                size="tiny",
-                arms=("none", "GradientStabilizer"),
+            *_with(
+                Cell(
+                    "forecast",
+                    (1e-3,),
+                    tuned=False,
+                    spike=2,
+                    steps=4,
+                    size="tiny",
+                    arms=("none", "GradientStabilizer"),
+                ),
+                "disturbance",
+                ("none", "inputs x100"),
             ),
         ),
         protocol=Protocol((0,), (100, 101, 102)),
     ),
+    # In the order of what tells most: one case of each question, then the others.
     "cpu": Preset(
         cells=(
-            *_with(_spiked_text, "disturbance", ("none", *SPIKES[::-1])),
+            *_with(_SPIKED, "disturbance", ("none", "loss x1e4")),
             Cell("lm", _TWO_DECADES, tuned=False, arms=_ARMS),
             *_with(
                 Cell("resnet20", _RATES, batch=16, arms=_DECAYED),
                 "weight_decay",
-                DECAYS,
+                DECAYS[::-1],
             ),
-            *_with(Cell("lm", _RATES, arms=_ARMS), "numbers", ("float32", "fp4")),
-            *_with(
-                Cell("forecast", _RATES, optimizer="AdamW", batch=32, arms=_ARMS),
-                "disturbance",
-                NOISES,
-            ),
-            *_with(_spiked_digits, "disturbance", ("none", "inputs x100", "loss x1e4")),
-            Cell("lm", _RATES, numbers="float16", arms=_ARMS),
-            Cell(
-                "lm",
-                _LOWER,
-                tuned=False,
-                optimizer="Lion",
-                arms=_FEW,
-            ),
+            *_with(_TEXT, "numbers", ("float32", "fp4")),
+            *_with(_SERIES, "disturbance", (NOISES[0], NOISES[3])),
+            *_with(_SPIKED, "disturbance", ("loss x100",)),
+            *_with(_SPIKED_DIGITS, "disturbance", ("none", "inputs x100")),
+            *_with(_TEXT, "numbers", ("float16",)),
+            *_with(_SPIKED, "disturbance", ("loss x10",)),
+            *_with(_SPIKED_DIGITS, "disturbance", ("loss x1e4",)),
+            *_with(_SERIES, "disturbance", NOISES[1:3]),
+            Cell("lm", _LOWER, tuned=False, optimizer="Lion", arms=_FEW),
         ),
         protocol=Protocol(tuning_seeds=(0,), reported_seeds=(100, 101, 102)),
     ),

@@ -1,0 +1,443 @@
+"""Tables and figures of the grids with spikes, from the file of their runs alone."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures are saved, no window is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from benchmarks import figures
+from benchmarks.runs import Record, capped_error
+from benchmarks.spikes.arms import ARMS
+from benchmarks.summary import (
+    Cell,
+    Score,
+    Scores,
+    markdown_table,
+    provenance,
+    regret,
+    scores,
+)
+
+CELL = (
+    "task",
+    "size",
+    "numbers",
+    "disturbance",
+    "spike",
+    "weight_decay",
+    "optimizer",
+    "batch",
+    "steps",
+    "rate",
+)
+LATER = (1, 50, 500)  # updates from the spike's on, itself the first
+SCORES = {
+    "lm": "bits per byte over those of the bytes' frequencies",
+    "forecast": "RMSE over that of the window's mean",
+    "resnet20": "share of wrong images",
+}
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write `spikes.md` and, for each preset, its figures; returns their paths.
+
+    A file `spikes_<preset>_notes.md` beside them, written by hand, is put under the
+    preset's regret table.
+    """
+    by_preset: dict[str, list[Record]] = {}
+    for record in records:
+        by_preset.setdefault(record["preset"], []).append(record)
+    text, paths = [_HEAD], []
+    for preset, of_preset in by_preset.items():
+        table = scores(of_preset, CELL)
+        drawn = _draw(preset, table, provenance(of_preset), folder) if table else []
+        notes = folder / f"spikes_{preset}_notes.md"
+        text.append(_section(of_preset, table, drawn, notes))
+        paths += drawn
+    markdown = folder / "spikes.md"
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text("\n".join(text))
+    return [markdown, *paths]
+
+
+def _named(cell: Cell) -> dict[str, str | int]:
+    return dict(zip(CELL, cell, strict=True))
+
+
+def _tuned(table: Scores) -> Scores:
+    return {cell: arms for cell, arms in table.items() if "tuned" in cell}
+
+
+def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
+    """What was run at several fixed rates: cell but for the rate -> rate -> arms."""
+    by_rate: dict[Cell, dict[str, dict[str, Score]]] = {}
+    for cell, arms in table.items():
+        *rest, rate = cell
+        if rate != "tuned":
+            by_rate.setdefault(tuple(rest), {})[str(rate)] = arms
+    return {cell: rates for cell, rates in by_rate.items() if len(rates) > 1}
+
+
+def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
+    """What a spike costs: cell -> arm -> clean loss less that of the run without it.
+
+    f[seeds, LATER]: pairs of equal seeds, alike up to the spike's update; infinite
+    where the loss is not a number, not a number where a run had ended. Cells whose run
+    without a spike is missing are left out.
+    """
+    place = CELL.index("disturbance")
+    excess: dict[Cell, dict[str, np.ndarray]] = {}
+    for cell, arms in table.items():
+        spike = int(cell[CELL.index("spike")])
+        if not spike or cell[place] == "none":
+            continue
+        calm = table.get((*cell[:place], "none", *cell[place + 1 :]), {})
+        for arm in (arm for arm in arms if arm in calm):
+            later = _losses(arms[arm], spike) - _losses(calm[arm], spike)
+            excess.setdefault(cell, {})[arm] = later
+    return excess
+
+
+def _losses(score: Score, spike: int) -> np.ndarray:
+    """Clean losses after a spike f[seeds, LATER], in the order of the seeds."""
+    rows = []
+    for record in sorted(score.records, key=lambda record: record["seed"]):
+        steps, losses = (record["curve"][name] for name in ("step", "loss"))
+        at = {
+            step: np.inf if loss is None else loss
+            for step, loss in zip(steps, losses, strict=True)
+        }
+        rows.append([at.get(spike - 1 + after, np.nan) for after in LATER])
+    return np.array(rows)
+
+
+def _in_order(columns: Iterable[Mapping[str, object]]) -> list[str]:
+    """The arms that some column has, in the order of `ARMS`."""
+    columns = list(columns)
+    return [arm for arm in ARMS if any(arm in column for column in columns)]
+
+
+def _title(cell: Cell) -> str:
+    """What sets a cell apart; its rate may be missing."""
+    of_cell = dict(zip(CELL, cell, strict=False))
+    parts = [f"{of_cell['task']}, {of_cell['optimizer']}"]
+    if of_cell["numbers"] != "float32":
+        parts.append(str(of_cell["numbers"]))
+    if of_cell["disturbance"] != "none":
+        parts.append(str(of_cell["disturbance"]))
+    if of_cell["weight_decay"] != "0":
+        parts.append(f"decay {of_cell['weight_decay']} in the gradient")
+    return ", ".join(parts)
+
+
+# Markdown
+
+_HEAD = """\
+# Spikes, low precision, corrupted inputs and decay in the gradient
+
+Written by `python -m benchmarks.report spikes` from `spikes.jsonl`; not edited by hand.
+
+Tasks, all of data that is installed with Python, statsmodels and scikit-learn: \
+`lm`, a decoder-only transformer, bytes of the standard library's source; \
+`forecast`, a transformer on patches of sunspots, El Nino and CO2; `resnet20`, \
+without BatchNorm, on digits. Errors: `lm` bits per byte over those of the bytes' \
+frequencies in training; `forecast` root mean square error over that of the window's \
+mean; `resnet20` the share of wrong images. A run fails if its last loss is not \
+finite or its error is not below 1 (`resnet20`: 0.85, 1.5 times chance). Evaluation \
+is always clean, on examples that were not trained on. Where a rate is tuned, it is \
+each arm's best of three over the tuning seeds on validation examples, failures \
+last; else all arms have the same. All arms have equal steps, initial weights, \
+batches and noise; 5 % warm-up, then a half cosine to 0. float16 has dynamic loss \
+scaling; FP4 is E1M2 with one scale for each tensor, simulated for weights and \
+inputs of the blocks' linear layers by straight-through estimation. Medians are over \
+the reported seeds, an error counting 1 at most.
+"""
+
+
+def _section(
+    records: Sequence[Record], table: Scores, drawn: Sequence[Path], notes: Path
+) -> str:
+    preset = records[0]["preset"]
+    parts = [
+        f"\n## Preset {preset}\n",
+        f"{len(records)} runs, {len(table)} cells; {provenance(records)}; the text is "
+        f"that of Python {', '.join(sorted({r['python'] for r in records}))}.\n",
+        _regret_table(table),
+    ]
+    if notes.exists():
+        parts.append(notes.read_text().strip() + "\n")
+    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
+    parts += [_excess_tables(table), _sweep_tables(table), _tuned_tables(table)]
+    return "\n".join(part for part in parts if part)
+
+
+def _regret_table(table: Scores) -> str:
+    regrets = regret(_tuned(table))
+    if not regrets:
+        return "No cell with tuned rates is finished in which any arm never failed.\n"
+    num_cells = len({cell for r in regrets for cell in r.costs})
+    rows = [
+        [
+            r.arm,
+            str(len(r.costs)),
+            str(len(r.failed)),
+            f"{r.num_failed_runs} of {r.num_runs}",
+            f"{r.worst:.2f}",
+            f"{r.median:.2f}",
+        ]
+        for r in regrets
+    ]
+    head = [
+        "arm",
+        "cells it was run in",
+        "of them failed in though another arm did not",
+        "failed runs",
+        "worst ratio to the best arm of a cell",
+        "median ratio",
+    ]
+    return (
+        f"Regret over the {num_cells} cells with tuned rates in which at least one arm "
+        "never failed, the median error over that of the cell's best arm. Arms of "
+        f"fewer cells are compared in those alone:\n\n{markdown_table(head, rows)}"
+    )
+
+
+def _excess_tables(table: Scores) -> str:
+    """Arms against spikes and the updates since."""
+    excess = _excess(table)
+    parts = []
+    for task in dict.fromkeys(cell[0] for cell in excess):
+        cells = {cell: arms for cell, arms in excess.items() if cell[0] == task}
+        rows = [
+            [arm, *(_excess_entry(table[c], cells[c], arm) for c in cells)]
+            for arm in _in_order(cells.values())
+        ]
+        of_cell = _named(next(iter(cells)))
+        head = ["arm", *(str(_named(cell)["disturbance"]) for cell in cells)]
+        parts.append(
+            f"### {task}, one spike: update {of_cell['spike']} of {of_cell['steps']}\n"
+            f"\n{of_cell['optimizer']}, rate {of_cell['rate']}. Clean loss (nats) less "
+            "that of the same run without the spike, right after the spike's update / "
+            f"{LATER[1] - 1} / {LATER[2] - 1} updates later, median over seeds (runs "
+            f"failed at the end):\n\n{markdown_table(head, rows)}"
+        )
+    return "\n".join(parts)
+
+
+def _excess_entry(
+    column: Mapping[str, Score], excess: Mapping[str, np.ndarray], arm: str
+) -> str:
+    if arm not in excess:
+        return "-"
+    values = " / ".join(f"{value:.2f}" for value in np.median(excess[arm], axis=0))
+    return f"{values} ({column[arm].num_failed}/{column[arm].num_runs})"
+
+
+def _sweep_tables(table: Scores) -> str:
+    """Arms against learning rates."""
+    parts = []
+    for cell, by_rate in _sweeps(table).items():
+        rows = [
+            [arm, *(_entry(column, arm) for column in by_rate.values())]
+            for arm in _in_order(by_rate.values())
+        ]
+        parts.append(
+            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
+            + markdown_table(["arm", *(f"rate {rate}" for rate in by_rate)], rows)
+        )
+    return "\n".join(parts)
+
+
+def _tuned_tables(table: Scores) -> str:
+    """For each task: arms against what is made hard."""
+    tuned = _tuned(table)
+    parts = []
+    for task in dict.fromkeys(str(cell[0]) for cell in tuned):
+        columns = {cell: arms for cell, arms in tuned.items() if cell[0] == task}
+        rows = [
+            [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
+            for arm in _in_order(columns.values())
+        ]
+        parts.append(
+            f"### {task}, tuned rates\n\nMedian error [lowest, highest seed] (failed "
+            "runs) at the learning rate; bold: within 1 % of the column's best.\n\n"
+            + markdown_table(["arm", *map(_condition, columns)], rows)
+        )
+    return "\n".join(parts)
+
+
+def _condition(cell: Cell) -> str:
+    of_cell = _named(cell)
+    return (
+        f"{of_cell['optimizer']}, {of_cell['numbers']}, {of_cell['disturbance']}, "
+        f"decay {of_cell['weight_decay']}"
+    )
+
+
+def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
+    if arm not in column:
+        return "-"
+    score = column[arm]
+    best = min(other.median for other in column.values())
+    median = f"{score.median:.3f}"
+    median = f"**{median}**" if score.median <= 1.01 * best else median
+    failed = f"({score.num_failed}/{score.num_runs})"
+    if not rate:
+        return f"{median} {failed}"
+    low, high = np.quantile([capped_error(r) for r in score.records], (0, 1))
+    return f"{median} [{low:.3f}, {high:.3f}] {failed} at {score.learning_rate:.0e}"
+
+
+# Figures
+
+
+def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
+    drawings: dict[str, Callable[[Scores], Figure | None]] = {
+        "rates": _rates_figure,
+        "recovery": _recovery_figure,
+        "errors": _errors_figure,
+    }
+    drawn = ((name, draw(table)) for name, draw in drawings.items())
+    return figures.save_all(drawn, footer, folder, f"spikes_{preset}")
+
+
+def _rates_figure(table: Scores) -> Figure | None:
+    """Arms against learning rates, one panel for each sweep: error, failures."""
+    sweeps = _sweeps(table)
+    if not sweeps:
+        return None
+    arms = _in_order(column for rates in sweeps.values() for column in rates.values())
+    figure, axes = plt.subplots(
+        1,
+        len(sweeps),
+        figsize=(3.2 + 3.4 * len(sweeps), 1.6 + 0.32 * len(arms)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    shown = [
+        score.median
+        for rates in sweeps.values()
+        for column in rates.values()
+        for score in column.values()
+        if score.solved
+    ]
+    colours = ScalarMappable(Normalize(min(shown, default=0.0), 1.0), "viridis_r")
+    for ax, (cell, rates) in zip(axes.flat, sweeps.items(), strict=True):
+        for rate, column in rates.items():
+            for arm, score in column.items():
+                _rate_mark(ax, float(rate), arms.index(arm), score, colours)
+        ax.set(
+            xscale="log",
+            xlabel="learning rate",
+            yticks=range(len(arms)),
+            yticklabels=arms,
+            ylim=(len(arms) - 0.4, -0.6),
+        )
+        low, *_, high = sorted(map(float, rates))
+        ax.set_xlim(low / 1.8, high * 1.8)
+        ax.set_title(f"{_title(cell)}, {cell[CELL.index('steps')]} steps", fontsize=9)
+    figure.colorbar(colours, ax=axes, label="median error")
+    figure.suptitle(
+        "Error at each rate; red: how many seeds diverged or learned nothing",
+        fontsize=10,
+    )
+    return figure
+
+
+def _rate_mark(
+    ax: Axes, rate: float, row: int, score: Score, colours: ScalarMappable
+) -> None:
+    """A square of the error's colour; where runs failed, an empty one and how many."""
+    face = colours.to_rgba(score.median) if score.solved else "none"
+    edge = face if score.solved else figures.PALETTE[0]
+    ax.plot(rate, row, "s", ms=14, markerfacecolor=face, markeredgecolor=edge)
+    if not score.solved:
+        count = f"{score.num_failed}/{score.num_runs}"
+        ax.text(rate, row, count, color=edge, fontsize=7, ha="center", va="center")
+
+
+def _recovery_figure(table: Scores) -> Figure | None:
+    """What each spike costs an arm, right after it and later."""
+    excess = _excess(table)
+    if not excess:
+        return None
+    arms = _in_order(excess.values())
+    figure, axes = figures.panels(len(excess), 0.9 + 0.24 * len(arms), sharey=True)
+    ceiling = 30.0  # losses that are not a number are drawn there
+    for ax, (cell, column) in zip(axes, excess.items(), strict=True):
+        for arm, values in column.items():
+            for index, after in enumerate(LATER):
+                height = arms.index(arm) + 0.22 * (index - 1)
+                ax.plot(
+                    np.minimum(values[:, index], ceiling),
+                    [height] * len(values),
+                    "os^"[index],
+                    color=figures.PALETTE[(0, 2, 3)[index]],
+                    ms=4,
+                    alpha=0.8,
+                    label=_later(after) if arm == arms[0] else None,
+                )
+        ax.set_xscale("symlog", linthresh=0.1, linscale=1.0)
+        ax.set(
+            xlim=(-0.2, 1.3 * ceiling),
+            xlabel="excess of clean loss (nats)",
+            yticks=range(len(arms)),
+            yticklabels=arms,
+            ylim=(len(arms) - 0.4, -0.6),
+        )
+        ax.set_xticks([-0.1, 0, 0.1, 1, 10], ["-0.1", "0", "0.1", "1", "10"])
+        ax.axvline(0, color="0.5", linewidth=1)
+        of_cell = _named(cell)
+        ax.set_title(f"{_title(cell)}\nrate {of_cell['rate']}", fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.suptitle(
+        "Loss after one disturbed update, less that of the same run without it; a "
+        "marker a seed",
+        fontsize=10,
+    )
+    return figure
+
+
+def _later(after: int) -> str:
+    return "right after the update" if after == 1 else f"{after - 1} updates later"
+
+
+def _errors_figure(table: Scores) -> Figure | None:
+    """One dot a seed in the cells with tuned rates."""
+    tuned = dict(sorted(_tuned(table).items(), key=lambda item: str(item[0][0])))
+    if not tuned:
+        return None
+    arms = _in_order(tuned.values())
+    figure, axes = figures.panels(len(tuned), 0.9 + 0.19 * len(arms), sharey=True)
+    for ax, (cell, column) in zip(axes, tuned.items(), strict=True):
+        for arm, score in column.items():
+            errors = np.array([capped_error(record) for record in score.records])
+            failed = np.array([record["failed"] for record in score.records])
+            figures.seeds(ax, arms.index(arm), errors, failed, np.median(errors))
+        ax.set(
+            xlabel=SCORES[str(cell[0])],
+            yticks=range(len(arms)),
+            yticklabels=arms,
+            ylim=(len(arms) - 0.4, -0.6),
+        )
+        ax.xaxis.label.set_fontsize(7)
+        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        "Test error at tuned rates: one dot a seed, crosses: failed, bars: median; "
+        "rows without dots were not run",
+        fontsize=10,
+    )
+    return figure
