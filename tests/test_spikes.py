@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import runs
+from benchmarks import report, runs
 from benchmarks.spikes import __main__ as command
 from benchmarks.spikes import data
 from benchmarks.spikes.arms import ARMS, OPTIMIZERS, transformation
@@ -22,6 +22,7 @@ from benchmarks.spikes.models import (
 from benchmarks.spikes.presets import PRESETS
 from benchmarks.spikes.tasks import TASKS, task_of
 from benchmarks.spikes.train import (
+    Curves,
     compute_gradient,
     measure,
     recorded_steps,
@@ -353,3 +354,85 @@ def test_mistakes_cost_one_line(arguments, message, capsys):
     text = capsys.readouterr().err
     assert message in text
     assert text.count("\n") == 1
+
+
+def test_smoke_runs_resumes_and_is_reported(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "spikes.jsonl"
+    arguments = ["--preset", "smoke", "--results", str(path)]
+    assert command.main(arguments) == 0
+    records = runs.read(path)
+    keys = (
+        "task optimizer arm learning_rate seed steps failed error score device jax date"
+    )
+    assert set(keys.split()) <= records[0].keys()
+    assert len(records) == 12
+    for record in records:
+        assert record["failed"] == (record["error"] >= 1)
+        assert record["curve"]["step"] == [1, 2, 3, 4]
+    # Clean and disturbed runs of a seed are alike before the spike, and not from it on.
+    calm, spiked = (
+        [r["curve"]["loss"] for r in records if r["disturbance"] == name]
+        for name in ("none", "inputs x100")
+    )
+    for one, other in zip(calm, spiked, strict=True):
+        assert one[0] == other[0]
+        assert one[1] != other[1]
+
+    def refuse(*args):
+        raise AssertionError("nothing is left to compute")
+
+    monkeypatch.setattr(command, "train_runs", refuse)
+    assert command.main(arguments) == 0
+    assert runs.read(path) == records
+    capsys.readouterr()
+    assert report.main(["spikes", "--results", str(path)]) == 0
+    written = capsys.readouterr().out.split()
+    assert [name.rsplit("/")[-1] for name in written] == [
+        "spikes.md",
+        "spikes_smoke_recovery.png",
+    ]
+
+
+# The report, of the whole grid "cpu" as if it had been run
+
+
+class Invented:
+    """Stands for every task: its error is its score."""
+
+    failure_error = 1.0
+
+    def error(self, score, split):
+        return score
+
+
+def invented(task, arm, *, steps, spike, disturbance, learning_rate, **options):
+    """Rate 0.1 diverges but for ZClip; a spike costs 2 nats and then half a nat."""
+    stops = np.array(recorded_steps(steps, spike))
+    loss = 3.0 - stops / steps
+    if disturbance == "loss x1e4":
+        loss += np.where(stops >= spike, 0.5, 0) + np.where(stops == spike, 1.5, 0)
+    if learning_rate == 0.1 and arm != "ZClip":
+        loss[-1] = np.nan
+    return Curves(stops, loss, loss / 4, ms_per_step=1.0, num_params=1)
+
+
+def test_the_report_says_what_the_runs_hold(tmp_path, monkeypatch):
+    path = tmp_path / "spikes.jsonl"
+    monkeypatch.setattr(command, "task_of", lambda *of_run: Invented())
+    monkeypatch.setattr(command, "train", invented)
+    assert command.main(["--results", str(path)]) == 0
+    (tmp_path / "spikes_cpu_notes.md").write_text("Written by hand.")
+    assert report.main(["spikes", "--results", str(path)]) == 0
+    names = {file.name for file in tmp_path.iterdir()}
+    figures = [f"spikes_cpu_{name}.png" for name in ("rates", "recovery", "errors")]
+    assert set(figures) <= names
+    text = (tmp_path / "spikes.md").read_text()
+    for word in (*figures, "Written by hand.", "reported seeds 100 to 102"):
+        assert word in text
+    (row,) = (line for line in text.splitlines() if "2.00 / 0.50 / 0.50" in line[:40])
+    of_rates = [line for line in text.splitlines() if line.count("(3/3)") == 1]
+    assert row.startswith("| none |")
+    assert [line.split(" | ")[0] for line in of_rates] == [
+        f"| {arm}" for arm in ARMS if arm not in ("ZClip", "constant factor 30")
+    ]
+    assert all("1.000 (3/3) |" in line[-15:] for line in of_rates)
