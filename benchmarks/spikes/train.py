@@ -140,7 +140,7 @@ def train(
 
 def recorded_steps(steps: int, spike: int) -> list[int]:
     """Updates done: evenly spaced ones, and those just before and after a spike."""
-    chosen = set(record_steps(steps, early=3, even=12).tolist())
+    chosen = set(record_steps(steps, early=3, even=12 if spike else 6).tolist())
     if spike:
         around = {spike - 1, *(spike - 1 + after for after in AFTER)}
         chosen |= {step for step in around if 0 < step <= steps}
