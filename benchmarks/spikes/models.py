@@ -1,13 +1,14 @@
 """Transformers for text and for series, in float32, float16 or simulated FP4."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 Numbers = Literal["float32", "float16", "fp4"]
+NUMBERS: tuple[Numbers, ...] = get_args(Numbers)
 
 # One sign bit, one of exponent with bias 1, two of mantissa: 0, 1/4, 1/2, 3/4 without
 # the implicit one, then 1, 5/4, 3/2, 7/4. The fifteen values are evenly spaced.

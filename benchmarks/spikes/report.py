@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from benchmarks import figures
 from benchmarks.runs import Record, capped_error
 from benchmarks.spikes.arms import ARMS
+from benchmarks.spikes.disturbances import DISTURBANCES
+from benchmarks.spikes.models import NUMBERS
 from benchmarks.summary import (
     Cell,
     Score,
@@ -73,10 +75,6 @@ def _named(cell: Cell) -> dict[str, str | int]:
     return dict(zip(CELL, cell, strict=True))
 
 
-def _tuned(table: Scores) -> Scores:
-    return {cell: arms for cell, arms in table.items() if "tuned" in cell}
-
-
 def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
     """What was run at several fixed rates: cell but for the rate -> rate -> arms."""
     by_rate: dict[Cell, dict[str, dict[str, Score]]] = {}
@@ -85,6 +83,35 @@ def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
         if rate != "tuned":
             by_rate.setdefault(tuple(rest), {})[str(rate)] = arms
     return {cell: rates for cell, rates in by_rate.items() if len(rates) > 1}
+
+
+def _compared(table: Scores) -> Scores:
+    """The cells in which arms are ranked: without a spike, at tuned rates or at one.
+
+    Of a sweep that is the rate at which the task is made hard in other cells.
+    """
+    swept = _sweeps(table)
+    calm = {c: arms for c, arms in table.items() if not _named(c)["spike"]}
+    alone = {_trained(c) for c in calm if c[:-1] not in swept}
+    chosen = {c: arms for c, arms in calm.items() if _trained(c) in alone}
+    return dict(sorted(chosen.items(), key=_hardness))
+
+
+def _trained(cell: Cell) -> tuple[str | int, ...]:
+    of_cell = _named(cell)
+    return of_cell["task"], of_cell["optimizer"], of_cell["rate"]
+
+
+def _hardness(item: tuple[Cell, object]) -> tuple:
+    """Groups cells by task, and orders them as `DISTURBANCES` and decays grow."""
+    of_cell = _named(item[0])
+    return (
+        of_cell["task"],
+        of_cell["optimizer"],
+        tuple(NUMBERS).index(of_cell["numbers"]),
+        tuple(DISTURBANCES).index(str(of_cell["disturbance"])),
+        float(of_cell["weight_decay"]),
+    )
 
 
 def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
@@ -176,14 +203,14 @@ def _section(
     if notes.exists():
         parts.append(notes.read_text().strip() + "\n")
     parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
-    parts += [_excess_tables(table), _sweep_tables(table), _tuned_tables(table)]
+    parts += [_excess_tables(table), _sweep_tables(table), _compared_tables(table)]
     return "\n".join(part for part in parts if part)
 
 
 def _regret_table(table: Scores) -> str:
-    regrets = regret(_tuned(table))
+    regrets = regret(_compared(table))
     if not regrets:
-        return "No cell with tuned rates is finished in which any arm never failed.\n"
+        return "No cell without spikes is finished in which any arm never failed.\n"
     num_cells = len({cell for r in regrets for cell in r.costs})
     rows = [
         [
@@ -205,7 +232,7 @@ def _regret_table(table: Scores) -> str:
         "median ratio",
     ]
     return (
-        f"Regret over the {num_cells} cells with tuned rates in which at least one arm "
+        f"Regret over the {num_cells} cells without spikes in which at least one arm "
         "never failed, the median error over that of the cell's best arm. Arms of "
         f"fewer cells are compared in those alone:\n\n{markdown_table(head, rows)}"
     )
@@ -257,20 +284,20 @@ def _sweep_tables(table: Scores) -> str:
     return "\n".join(parts)
 
 
-def _tuned_tables(table: Scores) -> str:
+def _compared_tables(table: Scores) -> str:
     """For each task: arms against what is made hard."""
-    tuned = _tuned(table)
+    compared = _compared(table)
     parts = []
-    for task in dict.fromkeys(str(cell[0]) for cell in tuned):
-        columns = {cell: arms for cell, arms in tuned.items() if cell[0] == task}
+    for task in dict.fromkeys(str(cell[0]) for cell in compared):
+        columns = {cell: arms for cell, arms in compared.items() if cell[0] == task}
         rows = [
             [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
             for arm in _in_order(columns.values())
         ]
         parts.append(
-            f"### {task}, tuned rates\n\nMedian error [lowest, highest seed] (failed "
-            "runs) at the learning rate; bold: within 1 % of the column's best.\n\n"
-            + markdown_table(["arm", *map(_condition, columns)], rows)
+            f"### {task}, without spikes\n\nMedian error [lowest, highest seed] "
+            "(failed runs) at the learning rate; bold: within 1 % of the column's "
+            "best.\n\n" + markdown_table(["arm", *map(_condition, columns)], rows)
         )
     return "\n".join(parts)
 
@@ -415,13 +442,14 @@ def _later(after: int) -> str:
 
 
 def _errors_figure(table: Scores) -> Figure | None:
-    """One dot a seed in the cells with tuned rates."""
-    tuned = dict(sorted(_tuned(table).items(), key=lambda item: str(item[0][0])))
-    if not tuned:
+    """One dot a seed in the cells without spikes."""
+    compared = _compared(table)
+    if not compared:
         return None
-    arms = _in_order(tuned.values())
-    figure, axes = figures.panels(len(tuned), 0.9 + 0.19 * len(arms), sharey=True)
-    for ax, (cell, column) in zip(axes, tuned.items(), strict=True):
+    arms = _in_order(compared.values())
+    limits = {str(cell[0]): _limits(compared, cell[0]) for cell in compared}
+    figure, axes = figures.panels(len(compared), 0.9 + 0.19 * len(arms), sharey=True)
+    for ax, (cell, column) in zip(axes, compared.items(), strict=True):
         for arm, score in column.items():
             errors = np.array([capped_error(record) for record in score.records])
             failed = np.array([record["failed"] for record in score.records])
@@ -432,12 +460,26 @@ def _errors_figure(table: Scores) -> Figure | None:
             yticklabels=arms,
             ylim=(len(arms) - 0.4, -0.6),
         )
+        ax.set_xlim(limits[str(cell[0])])
         ax.xaxis.label.set_fontsize(7)
         ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
         ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
-        "Test error at tuned rates: one dot a seed, crosses: failed, bars: median; "
-        "rows without dots were not run",
+        "Test error: one dot a seed, crosses: failed, bars: median; rows without dots "
+        "were not run",
         fontsize=10,
     )
     return figure
+
+
+def _limits(table: Scores, task: str | int) -> tuple[float, float]:
+    """Of the abscissa of all panels of a task, so that they can be compared."""
+    errors = [
+        capped_error(record)
+        for cell, arms in table.items()
+        if cell[0] == task
+        for score in arms.values()
+        for record in score.records
+    ]
+    margin = 0.05 * (max(errors) - min(errors)) + 1e-3
+    return min(errors) - margin, max(errors) + margin
