@@ -108,9 +108,8 @@ _FEW = (
     "GradientStabilizer, max_norm_ratio 2",
     "StableGrad, prediction, limit 2",
 )
-# Half decades; over two decades for the range in which an arm does not diverge.
+# Half decades; below over two decades, for the range in which arms do not diverge.
 _RATES = (1e-3, 3e-3, 1e-2)
-_TWO_DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _LOWER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _LOWEST = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
@@ -167,6 +166,7 @@ PRESETS: dict[str, Preset] = {
                     (1e-3,),
                     spike=2,
                     steps=4,
+                    batch=4,
                     size="tiny",
                     arms=("none", "GradientStabilizer"),
                 ),
@@ -182,13 +182,15 @@ PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         cells=(
             *_with(_SPIKED, "disturbance", ("none", "loss x1e4")),
-            replace(_TEXT, rates=_TWO_DECADES),
+            replace(_TEXT, rates=(1e-2, 1e-1)),
+            *_with(_TEXT, "numbers", ("fp4",)),
             *_with(_DIGITS, "weight_decay", ("5e-4", "0")),
-            *_with(_TEXT, "numbers", ("fp4", "float16")),
             *_with(_SERIES, "disturbance", (NOISES[3], NOISES[0])),
+            replace(_TEXT, rates=(3e-2, 1e-3, 3e-3)),
+            *_with(_TEXT, "numbers", ("float16",)),
             *_with(_SPIKED_DIGITS, "disturbance", ("none", "inputs x100")),
             *_with(_SPIKED, "disturbance", ("loss x100",)),
-            replace(_DIGITS, weight_decay="1e-4"),
+            *_with(_DIGITS, "weight_decay", ("1e-4",)),
             *_with(_SERIES, "disturbance", NOISES[1:3]),
             *_with(_SPIKED, "disturbance", ("loss x10",)),
             *_with(_SPIKED_DIGITS, "disturbance", ("loss x1e4",)),

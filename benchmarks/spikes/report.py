@@ -82,7 +82,11 @@ def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
         *rest, rate = cell
         if rate != "tuned":
             by_rate.setdefault(tuple(rest), {})[str(rate)] = arms
-    return {cell: rates for cell, rates in by_rate.items() if len(rates) > 1}
+    return {
+        cell: dict(sorted(rates.items(), key=lambda item: float(item[0])))
+        for cell, rates in by_rate.items()
+        if len(rates) > 1
+    }
 
 
 def _compared(table: Scores) -> Scores:
