@@ -428,7 +428,7 @@ def test_the_report_says_what_the_runs_hold(tmp_path, monkeypatch):
     text = (tmp_path / "spikes.md").read_text()
     for word in (*figures, "Written by hand.", "reported seeds 100 to 102"):
         assert word in text
-    assert text.count("| none | 2.00 / 0.50 / 0.50 (0/3) |") == 1
+    assert text.count("| none | 2.000 / 0.500 / 0.500 (0/3) |") == 1
     # The one rate of a sweep at which an arm diverges.
     (row,) = (line for line in text.splitlines() if "(3/3)" in line)
     assert row.startswith("| none | **0.500** (0/3) |")

@@ -132,22 +132,22 @@ def _large(task: str) -> tuple[Cell, ...]:
         task,
         _RATES,
         tuned=True,
-        steps=5000,
+        steps=2000,
         batch=32 if task == "lm" else 128,
         size="gpu",
     )
-    spiked = replace(one, spike=2500, rates=(1e-3,), tuned=False)
+    spiked = replace(one, spike=1000, rates=(1e-3,), tuned=False)
     spikes = SPIKES if task == "lm" else (*SPIKES, "inputs x100")
     numbers = ("float32",) if task == "resnet20" else ("float32", "float16", "fp4")
     noises = NOISES[1:] if task == "forecast" else ()
     return (
         *_with(spiked, "disturbance", ("none", *spikes)),
         *(
-            replace(one, tuned=False, optimizer=optimizer, rates=rates)
-            for optimizer, rates in (
-                ("Adam", _LOWER),
-                ("AdamW", _LOWER),
-                ("Lion", _LOWEST),
+            replace(one, tuned=False, optimizer=optimizer, rates=rates, arms=arms)
+            for optimizer, rates, arms in (
+                ("Adam", _LOWER, _ARMS),
+                ("AdamW", _LOWER, _FEW),
+                ("Lion", _LOWEST, _FEW),
             )
         ),
         *_with(one, "numbers", numbers),

@@ -269,7 +269,7 @@ def _excess_entry(
 ) -> str:
     if arm not in excess:
         return "-"
-    values = " / ".join(f"{value:.2f}" for value in np.median(excess[arm], axis=0))
+    values = " / ".join(f"{value:.3f}" for value in np.median(excess[arm], axis=0))
     return f"{values} ({column[arm].num_failed}/{column[arm].num_runs})"
 
 
