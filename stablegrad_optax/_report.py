@@ -39,8 +39,7 @@ _REMEDIES = {
     ),
     "exploding": (
         "Cheap, try first: optax.clip_by_global_norm(1.0), or Adam with b2=0.9. Where "
-        "these fail (some seeds at depth 50): stablegrad() before the optimizer, "
-        "biases sharing their layer's factor."
+        "these fail (some seeds at depth 50): stablegrad() before Adam with b2=0.9."
     ),
     "vanishing": (
         "Initialize at a larger scale: activation_aware_normal, or Glorot. Clipping "
