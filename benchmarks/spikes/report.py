@@ -76,7 +76,7 @@ def _named(cell: Cell) -> dict[str, str | int]:
 
 
 def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
-    """What was run at several fixed rates: cell but for the rate -> rate -> arms."""
+    """What was run at three fixed rates or more: cell but for it -> rate -> arms."""
     by_rate: dict[Cell, dict[str, dict[str, Score]]] = {}
     for cell, arms in table.items():
         *rest, rate = cell
@@ -85,7 +85,7 @@ def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
     return {
         cell: dict(sorted(rates.items(), key=lambda item: float(item[0])))
         for cell, rates in by_rate.items()
-        if len(rates) > 1
+        if len(rates) > 2
     }
 
 
@@ -466,7 +466,8 @@ def _errors_figure(table: Scores) -> Figure | None:
         )
         ax.set_xlim(limits[str(cell[0])])
         ax.xaxis.label.set_fontsize(7)
-        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
+        how = _title(cell).replace(", ", "\n", 1)
+        ax.set_title(f"{how}, rate {_named(cell)['rate']}", fontsize=8)
         ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
         "Test error: one dot a seed, crosses: failed, bars: median; rows without dots "
