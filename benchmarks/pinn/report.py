@@ -213,11 +213,15 @@ def _regret_figure(table: Scores) -> Figure | None:
 
 
 def _depth_figure(table: Scores) -> Figure:
-    """Error against depth, one panel for each problem, activation and initializer."""
+    """Error against depth, one panel for each problem, activation and initializer.
+
+    Panels of a single depth are drawn only where there are no others.
+    """
     panels: dict[Cell, dict[int, dict[str, Score]]] = {}
     for cell in sorted(table, key=lambda cell: cell[3]):
         panels.setdefault(cell[:3], {})[cell[3]] = table[cell]
-    order = list(dict.fromkeys(cell[:3] for cell in table))
+    names = list(dict.fromkeys(cell[:3] for cell in table))
+    order = [name for name in names if len(panels[name]) > 1] or names
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
     arms = _focus(table)
@@ -237,7 +241,7 @@ def _depth_figure(table: Scores) -> Figure:
         ax.set_axis_off()
     # Room for the counts where there are any; when all is drawn, for it fixes the rest.
     if any(not score.solved for arms in table.values() for score in arms.values()):
-        axes[0, 0].set_ylim(top=10)
+        axes[0, 0].set_ylim(top=30)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
     _legend(figure, arms)
