@@ -35,8 +35,8 @@ _MOSTLY = 0.5
 
 _REMEDIES = {
     "healthy": (
-        "None is called for: plain AdamW trains from such a start. Adam with b2=0.9, or "
-        "clipping, may still lower its error."
+        "None is called for: plain AdamW trains from such a start. Adam with b2=0.9, "
+        "or clipping, may still lower its error."
     ),
     "exploding": (
         "Cheap, try first: optax.clip_by_global_norm(1.0), or Adam with b2=0.9. Where "
