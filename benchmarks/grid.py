@@ -21,6 +21,7 @@ from rich.progress import (
 
 import stablegrad_optax
 from benchmarks import figures, runs
+from benchmarks.command_line import fail
 from benchmarks.runs import Entry, Ledger, Protocol, Record, Run
 
 # (runs of one group, tick) -> what came of each. It calls tick now and then, and lets
@@ -30,6 +31,35 @@ Compute = Callable[[Sequence[Run], Callable[[], None]], list[Record]]
 
 class _Stopped(Exception):
     """Raised inside a batch that is to be abandoned."""
+
+
+def command(
+    prog: str,
+    groups: Sequence[Sequence[Entry]],
+    protocol: Protocol,
+    compute: Compute,
+    path: Path,
+    *,
+    minutes: float | None,
+    workers: int,
+) -> int:
+    """`run_grid` for the command `prog`; a wrong option or file costs one line."""
+    if minutes is not None and not minutes > 0:
+        fail(prog, f"--minutes must be above 0, got {minutes:g}")
+    if workers < 1:
+        fail(prog, f"--workers must be at least 1, got {workers}")
+    try:
+        return run_grid(
+            groups,
+            protocol,
+            compute,
+            path,
+            console=Console(),
+            minutes=minutes,
+            workers=workers,
+        )
+    except (ValueError, OSError) as error:  # what the file holds
+        fail(prog, str(error))
 
 
 def run_grid(

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
-from benchmarks.command_line import fail, parse
-from benchmarks.grid import run_grid
+from benchmarks import grid
+from benchmarks.command_line import parse
 from benchmarks.pinn.batch import train_batch
 from benchmarks.pinn.presets import PRESETS
 from benchmarks.runs import RESULTS
@@ -46,23 +44,16 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the grid; returns the exit code."""
     options = parse(Options, args, prog=PROG, description=__doc__)
-    if options.minutes is not None and not options.minutes > 0:
-        fail(PROG, f"--minutes must be above 0, got {options.minutes:g}")
-    if options.workers is not None and options.workers < 1:
-        fail(PROG, f"--workers must be at least 1, got {options.workers}")
     preset = PRESETS[options.preset]
-    try:
-        return run_grid(
-            preset.groups(options.preset),
-            preset.protocol,
-            train_batch,
-            options.results,
-            console=Console(),
-            minutes=options.minutes,
-            workers=options.workers or preset.workers,
-        )
-    except (ValueError, OSError) as error:  # what the results file holds
-        fail(PROG, str(error))
+    return grid.command(
+        PROG,
+        preset.groups(options.preset),
+        preset.protocol,
+        train_batch,
+        options.results,
+        minutes=options.minutes,
+        workers=preset.workers if options.workers is None else options.workers,
+    )
 
 
 if __name__ == "__main__":

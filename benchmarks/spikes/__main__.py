@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
-from benchmarks.command_line import fail, parse
-from benchmarks.grid import run_grid
+from benchmarks import grid
+from benchmarks.command_line import parse
 from benchmarks.runs import RESULTS, Record, Run, finite
 from benchmarks.spikes.data import Split
 from benchmarks.spikes.presets import PRESETS
@@ -50,23 +48,16 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the grid; returns the exit code."""
     options = parse(Options, args, prog=PROG, description=__doc__)
-    if options.minutes is not None and not options.minutes > 0:
-        fail(PROG, f"--minutes must be above 0, got {options.minutes:g}")
-    if options.workers < 1:
-        fail(PROG, f"--workers must be at least 1, got {options.workers}")
     preset = PRESETS[options.preset]
-    try:
-        return run_grid(
-            preset.groups(options.preset),
-            preset.protocol,
-            train_runs,
-            options.results,
-            console=Console(),
-            minutes=options.minutes,
-            workers=options.workers,
-        )
-    except (ValueError, OSError) as error:  # what the files hold
-        fail(PROG, str(error))
+    return grid.command(
+        PROG,
+        preset.groups(options.preset),
+        preset.protocol,
+        train_runs,
+        options.results,
+        minutes=options.minutes,
+        workers=options.workers,
+    )
 
 
 def train_runs(runs: Sequence[Run], tick: Callable[[], None]) -> list[Record]:

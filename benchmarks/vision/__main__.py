@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
 
+from benchmarks import grid
 from benchmarks.command_line import fail, parse
-from benchmarks.grid import run_grid
 from benchmarks.runs import RESULTS, Record, Run, finite
 from benchmarks.vision.data import Data, load
 from benchmarks.vision.models import MODELS
@@ -55,25 +54,21 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the grid; returns the exit code."""
     options = parse(Options, args, prog=PROG, description=__doc__)
-    if options.minutes is not None and not options.minutes > 0:
-        fail(PROG, f"--minutes must be above 0, got {options.minutes:g}")
-    if options.workers < 1:
-        fail(PROG, f"--workers must be at least 1, got {options.workers}")
     preset = PRESETS[options.preset]
+    names = {cell.data for cell in preset.cells}
     try:
-        names = {cell.data for cell in preset.cells}
         data = {name: load(name, options.data_dir) for name in names}
-        return run_grid(
-            preset.groups(options.preset),
-            preset.protocol,
-            partial(train_runs, data),
-            options.results,
-            console=Console(),
-            minutes=options.minutes,
-            workers=options.workers,
-        )
-    except (ValueError, OSError) as error:  # what the files hold
+    except (ValueError, OSError) as error:  # the folder, and what its files hold
         fail(PROG, str(error))
+    return grid.command(
+        PROG,
+        preset.groups(options.preset),
+        preset.protocol,
+        partial(train_runs, data),
+        options.results,
+        minutes=options.minutes,
+        workers=options.workers,
+    )
 
 
 def train_runs(
