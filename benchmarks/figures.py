@@ -123,10 +123,11 @@ def panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axe
     return figure, list(axes.flat[:num])
 
 
-def seeds(
+def dots(
     ax: Axes, row: int, values: np.ndarray, failed: np.ndarray, middle: float
 ) -> None:
-    """One row of a figure: a dot a seed, a cross where it failed, a bar at `middle`."""
+    """One row of a figure: a dot a value, a cross if it failed, a bar at `middle`."""
+    # Spread over the row, so that equal values do not hide each other.
     height = row + np.linspace(-0.2, 0.2, len(values))
     ax.plot(values[~failed], height[~failed], "o", color=PALETTE[3], ms=4)
     ax.plot(values[failed], height[failed], "x", color=PALETTE[0], ms=5)

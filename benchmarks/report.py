@@ -7,6 +7,7 @@ are still missing leave gaps.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,15 +16,15 @@ import tyro
 import benchmarks.pinn.report
 import benchmarks.spikes.report
 import benchmarks.vision.report
-from benchmarks import runs
+from benchmarks import pages, runs
 from benchmarks.command_line import fail, parse
 
 PROG = "python -m benchmarks.report"
 
 # suite -> (runs, folder) -> the files written
 SUITES: dict[str, Callable[[list[runs.Record], Path], list[Path]]] = {
-    "pinn": benchmarks.pinn.report.write,
-    "spikes": benchmarks.spikes.report.write,
+    "pinn": partial(pages.write, benchmarks.pinn.report.PAGE),
+    "spikes": partial(pages.write, benchmarks.spikes.report.PAGE),
     "vision": benchmarks.vision.report.write,
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.runs import Record, capped_error
 
@@ -74,6 +75,15 @@ def complete(table: Scores) -> Scores:
     return {cell: arms for cell, arms in table.items() if arms.keys() == every}
 
 
+def solvable(table: Scores) -> Scores:
+    """The cells in which some arm never failed."""
+    return {
+        cell: arms
+        for cell, arms in table.items()
+        if any(score.solved for score in arms.values())
+    }
+
+
 @dataclass(frozen=True)
 class Regret:
     """What choosing one arm everywhere costs against the best arm of each cell.
@@ -115,19 +125,13 @@ def regret(
             that misses some cells is compared in the others.
         compare: (median error, the lowest of the cell) -> what the choice costs there.
     """
-    solvable = {
-        cell: arms
-        for cell, arms in table.items()
-        if any(score.solved for score in arms.values())
-    }
-    if not solvable:
-        return []
+    table = solvable(table)
     best = {
         cell: min(score.median for score in arms.values())
-        for cell, arms in solvable.items()
+        for cell, arms in table.items()
     }
     by_arm: dict[str, dict[Cell, Score]] = {}
-    for cell, arms in solvable.items():
+    for cell, arms in table.items():
         for arm, score in arms.items():
             by_arm.setdefault(arm, {})[cell] = score
     regrets = [
@@ -163,6 +167,100 @@ def provenance(records: Sequence[Record]) -> str:
         f"stablegrad_optax {', '.join(all_of('stablegrad_optax'))}; "
         f"{all_of('date')[0][:10]} to {all_of('date')[-1][:10]}"
     )
+
+
+def in_order(
+    columns: Iterable[Mapping[str, object]], order: Iterable[str]
+) -> list[str]:
+    """The arms that some column has."""
+    there = {arm for column in columns for arm in column}
+    return [arm for arm in order if arm in there]
+
+
+def regret_table(
+    regrets: Sequence[Regret],
+    cells: str,
+    *,
+    cost: str = "the median error over that of the cell's best arm",
+    digits: int = 2,
+) -> str:
+    """Markdown: what choosing one arm in all cells costs.
+
+    Args:
+        regrets: as `regret` gives them.
+        cells: their name.
+        cost: what its costs are.
+        digits: of them, after the point.
+    """
+    if not regrets:
+        return f"None of the {cells} is finished in which any arm never failed.\n"
+    num_cells = len({cell for r in regrets for cell in r.costs})
+    rows = [
+        [
+            r.arm,
+            str(len(r.costs)),
+            str(len(r.failed)),
+            f"{r.num_failed_runs} of {r.num_runs}",
+            f"{r.worst:.{digits}f}",
+            f"{r.median:.{digits}f}",
+        ]
+        for r in regrets
+    ]
+    head = [
+        "arm",
+        "cells it was run in",
+        "of them failed in though another arm did not",
+        "failed runs",
+        "cost in the worst cell",
+        "in the median cell",
+    ]
+    return (
+        f"Regret over the {num_cells} {cells} in which at least one arm never failed; "
+        f"the cost is {cost}. Arms of fewer cells are compared in those alone:\n\n"
+        f"{markdown_table(head, rows)}"
+    )
+
+
+def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
+    """Markdown: one arm against another, in the solvable cells that have both.
+
+    The last column is the probability, if both arms failed equally often, of numbers
+    of failed runs at least so far apart (Fisher's exact test, two sides).
+
+    Args:
+        table: of all cells.
+        pairs: of arms; those of which no cell has both are left out.
+    """
+    rows = []
+    for pair in pairs:
+        both = [
+            (arms[pair[0]], arms[pair[1]])
+            for arms in solvable(table).values()
+            if arms.keys() >= set(pair)
+        ]
+        if not both:
+            continue
+        ratios = np.array([ours.median / theirs.median for ours, theirs in both])
+        failed = np.sum([[s.num_failed for s in of_cell] for of_cell in both], axis=0)
+        runs = np.sum([[s.num_runs for s in of_cell] for of_cell in both], axis=0)
+        p = stats.fisher_exact([failed, runs - failed]).pvalue
+        rows.append(
+            [
+                " against ".join(pair),
+                f"{np.sum(ratios < 1)} of {len(ratios)}",
+                f"{np.median(ratios):.2f}",
+                f"{failed[0]} of {runs[0]} against {failed[1]} of {runs[1]}",
+                f"{p:.2g}",
+            ]
+        )
+    head = [
+        "one arm against another",
+        "cells in which its error is lower",
+        "median ratio of the errors",
+        "failed runs",
+        "Fisher's p",
+    ]
+    return markdown_table(head, rows) if rows else ""
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks import runs
 from benchmarks.grid import run_grid
 from benchmarks.runs import Entry, Ledger, Protocol, Run, choose_learning_rate
-from benchmarks.summary import complete, regret, scores
+from benchmarks.summary import complete, regret, scores, versus_table
 
 PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=(10, 11, 12))
 ENTRIES = [
@@ -264,6 +264,18 @@ def test_regret_may_be_a_difference_and_cells_may_lack_an_arm():
     assert by_arm["A"].costs == pytest.approx(expected)
     assert by_arm["C"].costs == pytest.approx({("1",): 0.89, ("2",): 0.06})
     assert [by_arm[arm].num_runs for arm in "ABC"] == [9, 9, 6]
+
+
+def test_one_arm_against_another_is_the_row_worked_out_by_hand():
+    table = versus_table(scores(TABLE, ("problem",)), [("A", "B"), ("C", "A"), "AZ"])
+    _, _, *rows = table.splitlines()
+    # Cells 1, 2 and 4, with ratios 1/2, 5/4 and 1; one failure in 9 runs of each is as
+    # likely with either arm. All 4 of 12 that fail are C's, or A's: 2 (6 over 4) of the
+    # (12 over 4) ways.
+    assert rows == [
+        "| A against B | 1 of 3 | 1.00 | 0 of 9 against 1 of 9 | 1 |",
+        "| C against A | 0 of 2 | 5.55 | 4 of 6 against 0 of 6 | 0.061 |",
+    ]
 
 
 def test_without_a_solved_cell_there_is_no_regret():

@@ -401,12 +401,12 @@ class Invented:
 
 
 def invented(task, arm, *, steps, spike, disturbance, learning_rate, **options):
-    """Rate 0.1 diverges but for ZClip; a spike costs 2 nats and then half a nat."""
+    """Rates from 0.1 diverge but for ZClip; a spike costs 2 nats, then half a nat."""
     stops = np.array(recorded_steps(steps, spike))
     loss = 3.0 - stops / steps
     if disturbance == "loss x1e4":
         loss += np.where(stops >= spike, 0.5, 0) + np.where(stops == spike, 1.5, 0)
-    if learning_rate == 0.1 and arm != "ZClip":
+    if learning_rate >= 0.1 and arm != "ZClip":
         loss[-1] = np.nan
     return Curves(stops, loss, loss / 4, ms_per_step=1.0, num_params=1)
 
@@ -429,7 +429,7 @@ def test_the_report_says_what_the_runs_hold(tmp_path, monkeypatch):
     for word in (*figures, "Written by hand.", "reported seeds 100 to 102"):
         assert word in text
     assert text.count("| none | 2.000 / 0.500 / 0.500 (0/3) |") == 1
-    # The one rate of a sweep at which an arm diverges.
+    # The rates of a sweep at which an arm diverges.
     (row,) = (line for line in text.splitlines() if "(3/3)" in line)
     assert row.startswith("| none | **0.500** (0/3) |")
-    assert row.endswith("| 1.000 (3/3) |")
+    assert row.endswith("| **0.500** (0/3)" + 3 * " | 1.000 (3/3)" + " |")

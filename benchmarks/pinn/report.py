@@ -1,11 +1,6 @@
 """Tables and figures of the PINN grids, from the file of their runs alone."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # figures are saved, no window is opened
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,18 +8,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import figures
+from benchmarks.pages import Page
 from benchmarks.pinn.train import FAILURE_ERROR
 from benchmarks.runs import Record
 from benchmarks.summary import (
     Cell,
-    Regret,
     Score,
     Scores,
     complete,
+    in_order,
     markdown_table,
-    provenance,
     regret,
-    scores,
+    regret_table,
+    versus_table,
 )
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
@@ -38,30 +34,19 @@ FOCUS = (
     "StableGrad, probe on residuals",
     "GradientStabilizer + AdamW",
 )
+PAIRS = (
+    ("StableGrad + AdamW", "AdamW"),
+    ("StableGrad + AdamW", "clip 1 + AdamW"),
+    ("StableGrad + AdamW", "AdamW b2=0.9"),
+    ("StableGrad + AdamW", "StableGrad, biases untouched"),
+    ("StableGrad + AdamW", "StableGrad, probe on u"),
+    ("StableGrad + AdamW b2=0.9", "AdamW"),
+    ("StableGrad + AdamW b2=0.9", "clip 1 + AdamW"),
+    ("StableGrad + AdamW b2=0.9", "AdamW b2=0.9"),
+    ("StableGrad + momentum", "clip 1 + momentum"),
+)
 HEAT_MAPS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
-
-
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write `pinn.md` and, for each preset, its figures; returns their paths.
-
-    A file `pinn_<preset>_notes.md` beside them, written by hand, is put under the
-    preset's regret table.
-    """
-    by_preset: dict[str, list[Record]] = {}
-    for record in records:
-        by_preset.setdefault(record["preset"], []).append(record)
-    text, paths = [_HEAD], []
-    for preset, of_preset in by_preset.items():
-        table = scores(of_preset, CELL)
-        drawn = _draw(preset, table, provenance(of_preset), folder)
-        notes = folder / f"pinn_{preset}_notes.md"
-        text.append(_section(preset, of_preset, table, drawn, notes))
-        paths += drawn
-    markdown = folder / "pinn.md"
-    markdown.parent.mkdir(parents=True, exist_ok=True)
-    markdown.write_text("\n".join(text))
-    return [markdown, *paths]
 
 
 # Markdown
@@ -80,53 +65,16 @@ precision; rates fall to 0 along a half cosine.
 """
 
 
-def _section(
-    preset: str,
-    records: Sequence[Record],
-    table: Scores,
-    drawn: Sequence[Path],
-    notes: Path,
-) -> str:
+def _count(table: Scores) -> str:
+    num_whole = len(complete(table))
+    unfinished = f" ({len(table) - num_whole} unfinished, left out of the regret table)"
+    return f"{num_whole} cells with every arm" + unfinished * (len(table) > num_whole)
+
+
+def _summary(table: Scores) -> str:
     whole = complete(table)
-    parts = [
-        f"\n## Preset {preset}\n",
-        f"{len(records)} runs, {len(whole)} cells with every arm"
-        + (f" ({len(table) - len(whole)} unfinished, left out of the regret table)")
-        * (len(table) > len(whole))
-        + f"; {provenance(records)}.\n",
-        _regret_table(regret(whole)),
-    ]
-    if notes.exists():
-        parts.append(notes.read_text().strip() + "\n")
-    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
-    parts.append(_error_tables(table))
-    return "\n".join(parts)
-
-
-def _regret_table(regrets: Sequence[Regret]) -> str:
-    if not regrets:
-        return "No cell is finished in which any arm has solved every run.\n"
-    rows = [
-        [
-            r.arm,
-            str(len(r.failed)),
-            f"{r.num_failed_runs} of {r.num_runs}",
-            f"{r.worst:.2f}",
-            f"{r.median:.2f}",
-        ]
-        for r in regrets
-    ]
-    head = [
-        "arm",
-        "cells it failed in though another arm did not",
-        "failed runs",
-        "worst ratio to the best arm of a cell",
-        "median ratio",
-    ]
-    return (
-        f"Regret over the {len(regrets[0].costs)} cells in which at least one arm "
-        f"solved every run:\n\n{markdown_table(head, rows)}"
-    )
+    parts = (regret_table(regret(whole), "cells"), versus_table(whole, PAIRS))
+    return "\n".join(part for part in parts if part)
 
 
 def _error_tables(table: Scores) -> str:
@@ -165,17 +113,6 @@ def _entry(column: dict[str, Score], arm: str) -> str:
 # Figures
 
 
-def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
-    drawings: dict[str, Callable[[Scores], Figure | None]] = {
-        "regret": _regret_figure,
-        "depth": _depth_figure,
-        "curves": _curves_figure,
-        "layers": _layers_figure,
-    }
-    drawn = ((name, draw(table)) for name, draw in drawings.items())
-    return figures.save_all(drawn, footer, folder, f"pinn_{preset}")
-
-
 def _regret_figure(table: Scores) -> Figure | None:
     """Each arm's ratio to the best arm, one dot a cell."""
     regrets = regret(complete(table))
@@ -187,11 +124,7 @@ def _regret_figure(table: Scores) -> Figure | None:
     for row, of_arm in enumerate(regrets):
         failed = np.array([cell in of_arm.failed for cell in of_arm.costs])
         ratios = np.array(list(of_arm.costs.values()))
-        # Spread over the row, so that dots of equal cells do not hide each other.
-        height = row + np.linspace(-0.25, 0.25, len(ratios))
-        ax.plot(ratios[~failed], height[~failed], "o", color=figures.PALETTE[3], ms=4)
-        ax.plot(ratios[failed], height[failed], "x", color=figures.PALETTE[0], ms=5)
-        ax.plot([of_arm.median] * 2, [row - 0.4, row + 0.4], color="k", linewidth=1.5)
+        figures.dots(ax, row, ratios, failed, of_arm.median)
     ax.plot([], [], "o", color=figures.PALETTE[3], ms=4, label="solved by every run")
     ax.plot([], [], "x", color=figures.PALETTE[0], ms=5, label="failed in some run")
     ax.plot([], [], color="k", linewidth=1.5, label="median over cells")
@@ -224,7 +157,7 @@ def _depth_figure(table: Scores) -> Figure:
     order = [name for name in names if len(panels[name]) > 1] or names
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
-    arms = _focus(table)
+    arms = in_order(table.values(), FOCUS)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
@@ -286,7 +219,7 @@ def _depth_panel(
 
 def _curves_figure(table: Scores) -> Figure:
     """Error against step and against wall-clock in the first cells."""
-    cells, arms = list(table)[:NUM_SHOWN], _focus(table)
+    cells, arms = list(table)[:NUM_SHOWN], in_order(table.values(), FOCUS)
     figure, axes = plt.subplots(
         len(cells),
         2,
@@ -322,7 +255,7 @@ def _curves_figure(table: Scores) -> Figure:
 
 def _layers_figure(table: Scores) -> Figure | None:
     """Layer x step maps of the gradient's scale in the first cells, one seed."""
-    arms = [arm for arm in HEAT_MAPS if arm in _focus(table)]
+    arms = in_order(table.values(), HEAT_MAPS)
     cells = [
         cell
         for cell in list(table)[:NUM_SHOWN]
@@ -367,10 +300,6 @@ def _layer_stds(
     return np.array(record["curve"]["step"]), stds
 
 
-def _focus(table: Scores) -> list[str]:
-    return [arm for arm in FOCUS if any(arm in arms for arms in table.values())]
-
-
 def _title(cell: Cell) -> str:
     problem, activation, init, depth, *_ = cell
     return f"{problem}, {activation}, {init}, depth {depth}"
@@ -381,3 +310,19 @@ def _legend(figure: Figure, arms: Sequence[str]) -> None:
     figure.legend(
         lines, arms, loc="outside right center", fontsize=8, title="median of"
     )
+
+
+PAGE = Page(
+    "pinn",
+    _HEAD,
+    CELL,
+    _count,
+    _summary,
+    {
+        "regret": _regret_figure,
+        "depth": _depth_figure,
+        "curves": _curves_figure,
+        "layers": _layers_figure,
+    },
+    _error_tables,
+)

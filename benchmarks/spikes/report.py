@@ -1,11 +1,6 @@
 """Tables and figures of the grids with spikes, from the file of their runs alone."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # figures are saved, no window is opened
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +10,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from benchmarks import figures
-from benchmarks.runs import Record, capped_error
+from benchmarks.pages import Page
+from benchmarks.runs import capped_error
 from benchmarks.spikes.arms import ARMS
 from benchmarks.spikes.disturbances import DISTURBANCES
 from benchmarks.spikes.models import NUMBERS
@@ -23,10 +19,10 @@ from benchmarks.summary import (
     Cell,
     Score,
     Scores,
+    in_order,
     markdown_table,
-    provenance,
     regret,
-    scores,
+    regret_table,
 )
 
 CELL = (
@@ -49,28 +45,6 @@ SCORES = {
 }
 
 
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write `spikes.md` and, for each preset, its figures; returns their paths.
-
-    A file `spikes_<preset>_notes.md` beside them, written by hand, is put under the
-    preset's regret table.
-    """
-    by_preset: dict[str, list[Record]] = {}
-    for record in records:
-        by_preset.setdefault(record["preset"], []).append(record)
-    text, paths = [_HEAD], []
-    for preset, of_preset in by_preset.items():
-        table = scores(of_preset, CELL)
-        drawn = _draw(preset, table, provenance(of_preset), folder) if table else []
-        notes = folder / f"spikes_{preset}_notes.md"
-        text.append(_section(of_preset, table, drawn, notes))
-        paths += drawn
-    markdown = folder / "spikes.md"
-    markdown.parent.mkdir(parents=True, exist_ok=True)
-    markdown.write_text("\n".join(text))
-    return [markdown, *paths]
-
-
 def _named(cell: Cell) -> dict[str, str | int]:
     return dict(zip(CELL, cell, strict=True))
 
@@ -90,20 +64,9 @@ def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
 
 
 def _compared(table: Scores) -> Scores:
-    """The cells in which arms are ranked: without a spike, at tuned rates or at one.
-
-    Of a sweep that is the rate at which the task is made hard in other cells.
-    """
-    swept = _sweeps(table)
-    calm = {c: arms for c, arms in table.items() if not _named(c)["spike"]}
-    alone = {_trained(c) for c in calm if c[:-1] not in swept}
-    chosen = {c: arms for c, arms in calm.items() if _trained(c) in alone}
-    return dict(sorted(chosen.items(), key=_hardness))
-
-
-def _trained(cell: Cell) -> tuple[str | int, ...]:
-    of_cell = _named(cell)
-    return of_cell["task"], of_cell["optimizer"], of_cell["rate"]
+    """The cells in which arms are ranked: those with tuned rates."""
+    tuned = [item for item in table.items() if _named(item[0])["rate"] == "tuned"]
+    return dict(sorted(tuned, key=_hardness))
 
 
 def _hardness(item: tuple[Cell, object]) -> tuple:
@@ -151,12 +114,6 @@ def _losses(score: Score, spike: int) -> np.ndarray:
     return np.array(rows)
 
 
-def _in_order(columns: Iterable[Mapping[str, object]]) -> list[str]:
-    """The arms that some column has, in the order of `ARMS`."""
-    columns = list(columns)
-    return [arm for arm in ARMS if any(arm in column for column in columns)]
-
-
 def _title(cell: Cell) -> str:
     """What sets a cell apart; its rate may be missing."""
     of_cell = dict(zip(CELL, cell, strict=False))
@@ -194,52 +151,24 @@ the reported seeds, an error counting 1 at most.
 """
 
 
-def _section(
-    records: Sequence[Record], table: Scores, drawn: Sequence[Path], notes: Path
-) -> str:
-    preset = records[0]["preset"]
-    parts = [
-        f"\n## Preset {preset}\n",
-        f"{len(records)} runs, {len(table)} cells; {provenance(records)}; the text is "
-        f"that of Python {', '.join(sorted({r['python'] for r in records}))}.\n",
-        _regret_table(table),
-    ]
-    if notes.exists():
-        parts.append(notes.read_text().strip() + "\n")
-    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
-    parts += [_excess_tables(table), _sweep_tables(table), _compared_tables(table)]
+def _count(table: Scores) -> str:
+    pythons = {
+        record["python"]
+        for arms in table.values()
+        for score in arms.values()
+        for record in score.records
+    }
+    text = ", ".join(sorted(pythons))
+    return f"{len(table)} cells; the text is that of Python {text}"
+
+
+def _summary(table: Scores) -> str:
+    return regret_table(regret(_compared(table)), "cells with tuned rates")
+
+
+def _tables(table: Scores) -> str:
+    parts = (_excess_tables(table), _sweep_tables(table), _compared_tables(table))
     return "\n".join(part for part in parts if part)
-
-
-def _regret_table(table: Scores) -> str:
-    regrets = regret(_compared(table))
-    if not regrets:
-        return "No cell without spikes is finished in which any arm never failed.\n"
-    num_cells = len({cell for r in regrets for cell in r.costs})
-    rows = [
-        [
-            r.arm,
-            str(len(r.costs)),
-            str(len(r.failed)),
-            f"{r.num_failed_runs} of {r.num_runs}",
-            f"{r.worst:.2f}",
-            f"{r.median:.2f}",
-        ]
-        for r in regrets
-    ]
-    head = [
-        "arm",
-        "cells it was run in",
-        "of them failed in though another arm did not",
-        "failed runs",
-        "worst ratio to the best arm of a cell",
-        "median ratio",
-    ]
-    return (
-        f"Regret over the {num_cells} cells without spikes in which at least one arm "
-        "never failed, the median error over that of the cell's best arm. Arms of "
-        f"fewer cells are compared in those alone:\n\n{markdown_table(head, rows)}"
-    )
 
 
 def _excess_tables(table: Scores) -> str:
@@ -250,7 +179,7 @@ def _excess_tables(table: Scores) -> str:
         cells = {cell: arms for cell, arms in excess.items() if cell[0] == task}
         rows = [
             [arm, *(_excess_entry(table[c], cells[c], arm) for c in cells)]
-            for arm in _in_order(cells.values())
+            for arm in in_order(cells.values(), ARMS)
         ]
         of_cell = _named(next(iter(cells)))
         head = ["arm", *(str(_named(cell)["disturbance"]) for cell in cells)]
@@ -279,7 +208,7 @@ def _sweep_tables(table: Scores) -> str:
     for cell, by_rate in _sweeps(table).items():
         rows = [
             [arm, *(_entry(column, arm) for column in by_rate.values())]
-            for arm in _in_order(by_rate.values())
+            for arm in in_order(by_rate.values(), ARMS)
         ]
         parts.append(
             f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
@@ -296,10 +225,10 @@ def _compared_tables(table: Scores) -> str:
         columns = {cell: arms for cell, arms in compared.items() if cell[0] == task}
         rows = [
             [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
-            for arm in _in_order(columns.values())
+            for arm in in_order(columns.values(), ARMS)
         ]
         parts.append(
-            f"### {task}, without spikes\n\nMedian error [lowest, highest seed] "
+            f"### {task}, at tuned rates\n\nMedian error [lowest, highest seed] "
             "(failed runs) at the learning rate; bold: within 1 % of the column's "
             "best.\n\n" + markdown_table(["arm", *map(_condition, columns)], rows)
         )
@@ -331,22 +260,13 @@ def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
 # Figures
 
 
-def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
-    drawings: dict[str, Callable[[Scores], Figure | None]] = {
-        "rates": _rates_figure,
-        "recovery": _recovery_figure,
-        "errors": _errors_figure,
-    }
-    drawn = ((name, draw(table)) for name, draw in drawings.items())
-    return figures.save_all(drawn, footer, folder, f"spikes_{preset}")
-
-
 def _rates_figure(table: Scores) -> Figure | None:
     """Arms against learning rates, one panel for each sweep: error, failures."""
     sweeps = _sweeps(table)
     if not sweeps:
         return None
-    arms = _in_order(column for rates in sweeps.values() for column in rates.values())
+    columns = (column for rates in sweeps.values() for column in rates.values())
+    arms = in_order(columns, ARMS)
     figure, axes = plt.subplots(
         1,
         len(sweeps),
@@ -402,7 +322,7 @@ def _recovery_figure(table: Scores) -> Figure | None:
     excess = _excess(table)
     if not excess:
         return None
-    arms = _in_order(excess.values())
+    arms = in_order(excess.values(), ARMS)
     figure, axes = figures.panels(len(excess), 0.9 + 0.24 * len(arms), sharey=True)
     ceiling = 30.0  # losses that are not a number are drawn there
     for ax, (cell, column) in zip(axes, excess.items(), strict=True):
@@ -446,18 +366,18 @@ def _later(after: int) -> str:
 
 
 def _errors_figure(table: Scores) -> Figure | None:
-    """One dot a seed in the cells without spikes."""
+    """One dot a seed in the cells with tuned rates."""
     compared = _compared(table)
     if not compared:
         return None
-    arms = _in_order(compared.values())
+    arms = in_order(compared.values(), ARMS)
     limits = {str(cell[0]): _limits(compared, cell[0]) for cell in compared}
     figure, axes = figures.panels(len(compared), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, compared.items(), strict=True):
         for arm, score in column.items():
             errors = np.array([capped_error(record) for record in score.records])
             failed = np.array([record["failed"] for record in score.records])
-            figures.seeds(ax, arms.index(arm), errors, failed, np.median(errors))
+            figures.dots(ax, arms.index(arm), errors, failed, np.median(errors))
         ax.set(
             xlabel=SCORES[str(cell[0])],
             yticks=range(len(arms)),
@@ -488,3 +408,18 @@ def _limits(table: Scores, task: str | int) -> tuple[float, float]:
     ]
     margin = 0.05 * (max(errors) - min(errors)) + 1e-3
     return min(errors) - margin, max(errors) + margin
+
+
+PAGE = Page(
+    "spikes",
+    _HEAD,
+    CELL,
+    _count,
+    _summary,
+    {
+        "rates": _rates_figure,
+        "recovery": _recovery_figure,
+        "errors": _errors_figure,
+    },
+    _tables,
+)

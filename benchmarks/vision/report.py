@@ -1,12 +1,7 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # figures are saved, no window is opened
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,16 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from benchmarks import figures
+from benchmarks import figures, pages
 from benchmarks.runs import Record
 from benchmarks.summary import (
     Cell,
     Score,
     Scores,
+    in_order,
     markdown_table,
-    provenance,
     regret,
-    scores,
+    regret_table,
 )
 from benchmarks.vision.arms import ARMS
 
@@ -41,32 +36,6 @@ FOCUS = (
 )
 HISTOGRAMS = ("none", "clip 1", "StableGrad, constant 0.01")
 NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
-
-
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write `vision.md` and, for each preset, its figures; returns their paths.
-
-    A file `vision_<preset>_notes.md` beside them, written by hand, is put under the
-    preset's regret table.
-    """
-    by_preset: dict[str, list[Record]] = {}
-    times = [record for record in records if record["phase"] == "timing"]
-    for record in records:
-        if record["phase"] != "timing":
-            by_preset.setdefault(record["preset"], []).append(record)
-    text, paths = [_HEAD], []
-    for preset, of_preset in by_preset.items():
-        table = scores(of_preset, CELL)
-        drawn = _draw(preset, table, provenance(of_preset), folder) if table else []
-        notes = folder / f"vision_{preset}_notes.md"
-        text.append(_section(preset, of_preset, table, drawn, notes))
-        paths += drawn
-    if times:
-        text.append(_times_section(times))
-    markdown = folder / "vision.md"
-    markdown.parent.mkdir(parents=True, exist_ok=True)
-    markdown.write_text("\n".join(text))
-    return [markdown, *paths]
 
 
 # Markdown
@@ -89,55 +58,17 @@ batches; float32; 5 % warm-up, then a half cosine to 0.
 """
 
 
-def _section(
-    preset: str,
-    records: Sequence[Record],
-    table: Scores,
-    drawn: Sequence[Path],
-    notes: Path,
-) -> str:
-    parts = [
-        f"\n## Preset {preset}\n",
-        f"{len(records)} runs, {len(table)} cells; {provenance(records)}.\n",
-        _regret_table(table),
-    ]
-    if notes.exists():
-        parts.append(notes.read_text().strip() + "\n")
-    parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
-    parts.append(_accuracy_tables(table))
-    return "\n".join(parts)
+def _count(table: Scores) -> str:
+    return f"{len(table)} cells"
 
 
-def _regret_table(table: Scores) -> str:
+def _summary(table: Scores) -> str:
     tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
-    regrets = regret(tuned, operator.sub)
-    if not regrets:
-        return "No cell with tuned rates is finished in which any arm never failed.\n"
-    num_cells = len({cell for r in regrets for cell in r.costs})
-    rows = [
-        [
-            r.arm,
-            str(len(r.costs)),
-            str(len(r.failed)),
-            f"{r.num_failed_runs} of {r.num_runs}",
-            f"{100 * r.worst:.1f}",
-            f"{100 * r.median:.1f}",
-        ]
-        for r in regrets
-    ]
-    head = [
-        "arm",
-        "cells it was run in",
-        "of them failed in though another arm did not",
-        "failed runs",
-        "points behind the best arm, worst cell",
-        "median cell",
-    ]
-    return (
-        f"Regret over the {num_cells} cells with tuned rates in which at least one arm "
-        "never failed, in points of median accuracy behind the best arm of the cell. "
-        f"Arms of fewer cells are compared in those alone:\n\n"
-        f"{markdown_table(head, rows)}"
+    return regret_table(
+        regret(tuned, lambda error, best: 100 * (error - best)),
+        "cells with tuned rates",
+        cost="in points of median accuracy behind the best arm of the cell",
+        digits=1,
     )
 
 
@@ -149,7 +80,7 @@ def _accuracy_tables(table: Scores) -> str:
     parts = []
     for (data, norm), cells in blocks.items():
         columns = [table[cell] for cell in cells]
-        arms = _in_order(columns)
+        arms = in_order(columns, ARMS)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
         parts.append(
             f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
@@ -158,12 +89,6 @@ def _accuracy_tables(table: Scores) -> str:
             + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
         )
     return "\n".join(parts)
-
-
-def _in_order(columns: Iterable[Mapping[str, object]]) -> list[str]:
-    """The arms that some column has, in the order of `ARMS`."""
-    columns = list(columns)
-    return [arm for arm in ARMS if any(arm in column for column in columns)]
 
 
 def _norm(norm: str) -> str:
@@ -201,7 +126,7 @@ def _times_section(records: Sequence[Record]) -> str:
     for record in records:
         cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
         columns.setdefault(cell, {})[record["arm"]] = record
-    arms = _in_order(columns.values())
+    arms = in_order(columns.values(), ARMS)
     rows = [
         [
             arm,
@@ -235,16 +160,6 @@ def _times_section(records: Sequence[Record]) -> str:
 # Figures
 
 
-def _draw(preset: str, table: Scores, footer: str, folder: Path) -> list[Path]:
-    drawings: dict[str, Callable[[Scores], Figure | None]] = {
-        "accuracy": _accuracy_figure,
-        "curves": _curves_figure,
-        "gradients": _gradients_figure,
-    }
-    drawn = ((name, draw(table)) for name, draw in drawings.items())
-    return figures.save_all(drawn, footer, folder, f"vision_{preset}")
-
-
 def _title(cell: Cell) -> str:
     data, norm, model, _, optimizer, rate, *_ = cell
     how = "tuned" if rate == "tuned" else f"rate {rate}"
@@ -257,7 +172,7 @@ def _failure_percent(cell: Cell) -> float:
 
 def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
-    arms = _in_order(table.values())
+    arms = in_order(table.values(), ARMS)
     figure, axes = figures.panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for row, arm in enumerate(arms):
@@ -265,7 +180,7 @@ def _accuracy_figure(table: Scores) -> Figure:
                 continue
             percent = _accuracies(column[arm])
             failed = np.array([record["failed"] for record in column[arm].records])
-            figures.seeds(ax, row, percent, failed, percent.mean())
+            figures.dots(ax, row, percent, failed, percent.mean())
         ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
         ax.set(
             xlim=(0, 100),
@@ -286,7 +201,7 @@ def _accuracy_figure(table: Scores) -> Figure:
 
 def _curves_figure(table: Scores) -> Figure:
     """Accuracy against step in all cells."""
-    arms = _focus(table)
+    arms = in_order(table.values(), FOCUS)
     figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for arm in arms:
@@ -312,13 +227,9 @@ def _curves_figure(table: Scores) -> Figure:
     return figure
 
 
-def _focus(table: Scores) -> list[str]:
-    return [arm for arm in FOCUS if any(arm in column for column in table.values())]
-
-
 def _gradients_figure(table: Scores) -> Figure | None:
     """Histograms over kernels of the gradient's std, by step, in the first cells."""
-    arms = [arm for arm in HISTOGRAMS if arm in _focus(table)]
+    arms = in_order(table.values(), HISTOGRAMS)
     cells = [c for c in table if all(arm in table[c] for arm in arms)][:NUM_HISTOGRAMS]
     if not cells or not arms:
         return None
@@ -391,3 +302,25 @@ def _histogram(ax: Axes, score: Score) -> QuadMesh:
             fontsize=8,
         )
     return mesh
+
+
+PAGE = pages.Page(
+    "vision",
+    _HEAD,
+    CELL,
+    _count,
+    _summary,
+    {
+        "accuracy": _accuracy_figure,
+        "curves": _curves_figure,
+        "gradients": _gradients_figure,
+    },
+    _accuracy_tables,
+)
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """`benchmarks.pages.write`, with the times of `benchmarks.vision.times`."""
+    runs = [record for record in records if record["phase"] != "timing"]
+    times = [record for record in records if record["phase"] == "timing"]
+    return pages.write(PAGE, runs, folder, end=_times_section(times) if times else "")
