@@ -259,9 +259,7 @@ class _Groups(NamedTuple):
     leaves: list[_leaves.Leaf]  # one of each group
     pools: list[tuple[Indices, Indices]]  # weights' slices [k, slices], their sizes [k]
     of_scaled: list[int]  # the group of each scaled leaf
-    slices: (
-        _statistics.Indices
-    )  # for each slice of each scaled leaf, its place among the groups'
+    slices: Indices  # for each slice of each scaled leaf, its place among the groups'
 
 
 def _group(layout: _leaves.Layout) -> _Groups:
