@@ -134,6 +134,11 @@ def dots(
     ax.plot([middle] * 2, [row - 0.35, row + 0.35], color="k")
 
 
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Names of the rows of `dots`, the first at the top."""
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+
+
 def heat_map(
     ax: Axes,
     steps: np.ndarray,

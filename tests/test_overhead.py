@@ -178,24 +178,6 @@ def test_an_arm_that_joins_later_is_measured_beside_the_baseline(small, tmp_path
     assert [record["rounds"] for record in again] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--rounds", "1"], "--rounds must be at least 2, got 1"),
-        (["--leaves", "0"], "--leaves must be at least 1, got 0"),
-        (["--trees", "z"], "trees"),
-        (["--rounds", "many"], "whole number"),
-    ],
-)
-def test_wrong_options_end_in_one_line(args, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(args)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-
-
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])

@@ -173,22 +173,6 @@ def test_presets_are_what_the_help_says():
     assert question == 1
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--preset", "huge"], "smoke"),
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-    ],
-)
-def test_a_wrong_value_is_refused_in_one_line(args, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(args)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
-
-
 def test_smoke_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     path = tmp_path / "pinn.jsonl"
     args = ["--preset", "smoke", "--results", str(path)]
@@ -227,11 +211,3 @@ def test_smoke_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "pinn.md").read_text()
     for word in (*preset.arms, "reported seeds 100 to 102", "jax", *figures):
         assert word in text
-
-
-def test_a_report_of_nothing_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        report.main(["pinn", "--results", str(tmp_path / "none.jsonl")])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "holds no runs" in line

@@ -334,23 +334,6 @@ def test_presets_name_what_exists(name):
         float(cell.weight_decay)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--preset", "huge"], "smoke"),
-    ],
-)
-def test_mistakes_cost_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments)
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert message in text
-    assert text.count("\n") == 1
-
-
 def test_smoke_runs_resumes_and_is_reported(tmp_path, capsys, monkeypatch):
     path = tmp_path / "spikes.jsonl"
     arguments = ["--preset", "smoke", "--results", str(path)]

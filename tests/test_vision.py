@@ -432,23 +432,6 @@ def test_smoke_runs_resumes_and_is_reported(tmp_path, capsys):
     assert f"**{100 * np.mean(score_):.1f}**" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--preset", "cifar"], "CIFAR-10 (JPEG) needs --data-dir"),
-    ],
-)
-def test_mistakes_cost_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments)
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert message in text
-    assert text.count("\n") == 1
-
-
 def test_times_of_steps_are_over_none():
     cell = dataclasses.replace(
         Cell("ResNet-20", 2), arms=("none", "StableGrad, prediction")

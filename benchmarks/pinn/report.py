@@ -132,10 +132,8 @@ def _regret_figure(table: Scores) -> Figure | None:
     ax.set(
         xscale="log",
         xlabel="median error over that of the cell's best arm (dotted: 1.25)",
-        yticks=range(len(regrets)),
-        yticklabels=[f"{r.arm} ({len(r.failed)})" for r in regrets],
-        ylim=(len(regrets) - 0.4, -0.6),
     )
+    figures.name_rows(ax, [f"{r.arm} ({len(r.failed)})" for r in regrets])
     ax.set_title(
         "One dot a cell; in brackets: cells failed though another arm did not",
         fontsize=10,

@@ -287,13 +287,8 @@ def _rates_figure(table: Scores) -> Figure | None:
         for rate, column in rates.items():
             for arm, score in column.items():
                 _rate_mark(ax, float(rate), arms.index(arm), score, colours)
-        ax.set(
-            xscale="log",
-            xlabel="learning rate",
-            yticks=range(len(arms)),
-            yticklabels=arms,
-            ylim=(len(arms) - 0.4, -0.6),
-        )
+        ax.set(xscale="log", xlabel="learning rate")
+        figures.name_rows(ax, arms)
         low, *_, high = sorted(map(float, rates))
         ax.set_xlim(low / 1.8, high * 1.8)
         ax.set_title(f"{_title(cell)}, {cell[CELL.index('steps')]} steps", fontsize=9)
@@ -339,13 +334,8 @@ def _recovery_figure(table: Scores) -> Figure | None:
                     label=_later(after) if arm == arms[0] else None,
                 )
         ax.set_xscale("symlog", linthresh=0.1, linscale=1.0)
-        ax.set(
-            xlim=(-0.2, 1.3 * ceiling),
-            xlabel="excess of clean loss (nats)",
-            yticks=range(len(arms)),
-            yticklabels=arms,
-            ylim=(len(arms) - 0.4, -0.6),
-        )
+        ax.set(xlim=(-0.2, 1.3 * ceiling), xlabel="excess of clean loss (nats)")
+        figures.name_rows(ax, arms)
         ax.set_xticks([-0.1, 0, 0.1, 1, 10], ["-0.1", "0", "0.1", "1", "10"])
         ax.axvline(0, color="0.5", linewidth=1)
         of_cell = _named(cell)
@@ -378,14 +368,9 @@ def _errors_figure(table: Scores) -> Figure | None:
             errors = np.array([capped_error(record) for record in score.records])
             failed = np.array([record["failed"] for record in score.records])
             figures.dots(ax, arms.index(arm), errors, failed, np.median(errors))
-        ax.set(
-            xlabel=SCORES[str(cell[0])],
-            yticks=range(len(arms)),
-            yticklabels=arms,
-            ylim=(len(arms) - 0.4, -0.6),
-        )
+        ax.set_xlabel(SCORES[str(cell[0])], fontsize=7)
+        figures.name_rows(ax, arms)
         ax.set_xlim(limits[str(cell[0])])
-        ax.xaxis.label.set_fontsize(7)
         how = _title(cell).replace(", ", "\n", 1)
         ax.set_title(f"{how}, rate {_named(cell)['rate']}", fontsize=8)
         ax.grid(axis="x", alpha=0.3)

@@ -182,13 +182,8 @@ def _accuracy_figure(table: Scores) -> Figure:
             failed = np.array([record["failed"] for record in column[arm].records])
             figures.dots(ax, row, percent, failed, percent.mean())
         ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
-        ax.set(
-            xlim=(0, 100),
-            xlabel="test accuracy (%)",
-            yticks=range(len(arms)),
-            yticklabels=arms,
-            ylim=(len(arms) - 0.4, -0.6),
-        )
+        ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
+        figures.name_rows(ax, arms)
         ax.set_title(_title(cell), fontsize=8)
         ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
