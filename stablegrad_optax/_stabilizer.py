@@ -69,8 +69,10 @@ def gradient_stabilizer(
     with :math:`a_j = (1-\gamma_1)\gamma_1^j / (1-\gamma_1^t)` and :math:`b_j` alike:
     1, 1.59, 4.88 and 12.58 at steps 1, 10, 100 and 1000.
 
-    **When to use it**: gradients that spike, low precision, and weight decay that is
-    added to the gradient. **When not**: behind Adam alone a leaf's constant factor
+    **When to use it**: gradients that spike, with ``max_norm_ratio``. The paper also
+    names low precision and weight decay that is added to the gradient; our small
+    benchmarks (``python -m benchmarks.spikes``) show no gain there over a clip beyond
+    the spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
     cancels; deep nets without normalisation did not train with it in our runs where
     :func:`stablegrad` did; and the steps of SGD no longer shrink with the gradient, so
     that the learning rate has to. ``optax.clip_by_global_norm(1.0)`` did as well or

@@ -1,7 +1,7 @@
 """Train with spikes, low precision, corrupted inputs and decay, and keep every run.
 
 Every arm is put before Adam, AdamW or Lion. Where a rate is tuned, it is for each arm
-the best of three by the error on validation examples over the tuning seeds, failures
+the best of its set by the error on validation examples over the tuning seeds, failures
 last; fresh seeds are then reported on test examples. Arms have equal steps, initial
 weights, batches and noise. Finished runs are one JSON line each; a command that was
 stopped goes on where it was. `python -m benchmarks.report spikes` draws them.

@@ -27,6 +27,9 @@ def unit_norm() -> Transformation:
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], Transformation]] = {
     "Adam": optax.adam,
     "AdamW": optax.adamw,
+    # A memory of ten updates in place of a thousand: what costs nothing to try.
+    "Adam b2=0.9": partial(optax.adam, b2=0.9),
+    "AdamW b2=0.9": partial(optax.adamw, b2=0.9),
     "Lion": optax.lion,
 }
 

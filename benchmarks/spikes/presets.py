@@ -108,6 +108,7 @@ _FEW = (
     "GradientStabilizer, max_norm_ratio 2",
     "StableGrad, prediction, limit 2",
 )
+_MAIN = ("none", "norm clip 1", "GradientStabilizer", "StableGrad, constant 1")
 # Half decades. To choose from; then, for the range in which arms do not diverge, two
 # decades, and three for the small language model, which no rate to 0.1 lets diverge.
 _RATES = (1e-3, 3e-3, 1e-2)
@@ -119,11 +120,23 @@ _WIDE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # One of 700 updates, 500 before the last.
 _SPIKED = Cell("lm", (3e-3,), spike=200, steps=700, arms=_ARMS)
 _TEXT = Cell("lm", _HIGHER, tuned=True, arms=_ARMS)
-_SERIES = Cell("forecast", _RATES, tuned=True, optimizer="AdamW", batch=32, arms=_ARMS)
-_DIGITS = Cell("resnet20", _HIGHER, tuned=True, batch=16, arms=_DECAYED)
+_SERIES = Cell(
+    "forecast",
+    (*_RATES, 3e-2, 1e-1),
+    tuned=True,
+    optimizer="AdamW",
+    batch=32,
+    arms=_ARMS,
+)
+_DIGITS = Cell("resnet20", (*_RATES, 3e-2), tuned=True, batch=16, arms=_DECAYED)
 _SPIKED_DIGITS = replace(
     _DIGITS, rates=(3e-3,), tuned=False, spike=200, steps=700, arms=_FEW
 )
+
+
+_SHORT_SPIKED = replace(_SPIKED, optimizer="Adam b2=0.9", arms=_MAIN)
+_SHORT_TEXT = replace(_TEXT, optimizer="Adam b2=0.9", arms=_MAIN)
+_SHORT_SERIES = replace(_SERIES, optimizer="AdamW b2=0.9", arms=_MAIN)
 
 
 def _with(cell: Cell, name: str, values: tuple[str, ...]) -> tuple[Cell, ...]:
@@ -198,6 +211,9 @@ PRESETS: dict[str, Preset] = {
             replace(_SPIKED, disturbance="loss x10"),
             *_with(_SPIKED_DIGITS, "disturbance", SPIKES),
             replace(_TEXT, optimizer="Lion", rates=_LOWER, tuned=False, arms=_FEW),
+            *_with(_SHORT_SPIKED, "disturbance", ("none", "loss x1e4")),
+            *_with(_SHORT_TEXT, "numbers", ("float32", "float16", "fp4")),
+            *_with(_SHORT_SERIES, "disturbance", (NOISES[0], NOISES[3])),
         ),
         protocol=Protocol(tuning_seeds=(0, 1), reported_seeds=(100, 101, 102)),
     ),

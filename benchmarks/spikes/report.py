@@ -69,6 +69,11 @@ def _compared(table: Scores) -> Scores:
     return dict(sorted(tuned, key=_hardness))
 
 
+def _trained(cell: Cell) -> tuple[str | int, str | int]:
+    of_cell = _named(cell)
+    return of_cell["task"], of_cell["optimizer"]
+
+
 def _hardness(item: tuple[Cell, object]) -> tuple:
     """Groups cells by task, and orders them as `DISTURBANCES` and decays grow."""
     of_cell = _named(item[0])
@@ -98,7 +103,7 @@ def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
         for arm in (arm for arm in arms if arm in calm):
             later = _losses(arms[arm], spike) - _losses(calm[arm], spike)
             excess.setdefault(cell, {})[arm] = later
-    return excess
+    return dict(sorted(excess.items(), key=_hardness))
 
 
 def _losses(score: Score, spike: int) -> np.ndarray:
@@ -142,7 +147,7 @@ frequencies in training; `forecast` root mean square error over that of the wind
 mean; `resnet20` the share of wrong images. A run fails if its last loss is not \
 finite or its error is not below 1 (`resnet20`: 0.85, 1.5 times chance). Evaluation \
 is always clean, on examples that were not trained on. Where a rate is tuned, it is \
-each arm's best of three over the tuning seeds on validation examples, failures \
+each arm's best of its set over the tuning seeds on validation examples, failures \
 last; else all arms have the same. All arms have equal steps, initial weights, \
 batches and noise; 5 % warm-up, then a half cosine to 0. float16 has dynamic loss \
 scaling; FP4 is E1M2 with one scale for each tensor, simulated for weights and \
@@ -175,8 +180,12 @@ def _excess_tables(table: Scores) -> str:
     """Arms against spikes and the updates since."""
     excess = _excess(table)
     parts = []
-    for task in dict.fromkeys(cell[0] for cell in excess):
-        cells = {cell: arms for cell, arms in excess.items() if cell[0] == task}
+    for task, optimizer in dict.fromkeys(_trained(cell) for cell in excess):
+        cells = {
+            cell: arms
+            for cell, arms in excess.items()
+            if _trained(cell) == (task, optimizer)
+        }
         rows = [
             [arm, *(_excess_entry(table[c], cells[c], arm) for c in cells)]
             for arm in in_order(cells.values(), ARMS)
@@ -184,8 +193,8 @@ def _excess_tables(table: Scores) -> str:
         of_cell = _named(next(iter(cells)))
         head = ["arm", *(str(_named(cell)["disturbance"]) for cell in cells)]
         parts.append(
-            f"### {task}, one spike: update {of_cell['spike']} of {of_cell['steps']}\n"
-            f"\n{of_cell['optimizer']}, rate {of_cell['rate']}. Clean loss (nats) less "
+            f"### {task}, {optimizer}, one spike: update {of_cell['spike']} of "
+            f"{of_cell['steps']}\n\nRate {of_cell['rate']}. Clean loss (nats) less "
             "that of the same run without the spike, right after the spike's update / "
             f"{LATER[1] - 1} / {LATER[2] - 1} updates later, median over seeds (runs "
             f"failed at the end):\n\n{markdown_table(head, rows)}"
@@ -371,12 +380,11 @@ def _errors_figure(table: Scores) -> Figure | None:
         ax.set_xlabel(SCORES[str(cell[0])], fontsize=7)
         figures.name_rows(ax, arms)
         ax.set_xlim(limits[str(cell[0])])
-        how = _title(cell).replace(", ", "\n", 1)
-        ax.set_title(f"{how}, rate {_named(cell)['rate']}", fontsize=8)
+        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
         ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
-        "Test error: one dot a seed, crosses: failed, bars: median; rows without dots "
-        "were not run",
+        "Test error at each arm's best rate: one dot a seed, crosses: failed, bars: "
+        "median; rows without dots were not run",
         fontsize=10,
     )
     return figure
