@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from benchmarks.runs import Record, capped_error
+from benchmarks.runs import Record, capped_error, choose_learning_rate
 
 Cell = tuple[str | int, ...]
 
@@ -53,20 +53,27 @@ Scores = dict[Cell, dict[str, Score]]  # cell -> arm -> score
 def scores(records: Iterable[Record], names: Sequence[str]) -> Scores:
     """The reported runs, by cell and arm, in the order of the file.
 
+    Where an arm's rate is tuned only the runs at the rate that is chosen count: a file
+    keeps those of an earlier, smaller set of rates.
+
     Args:
         records: the lines of a results file.
         names: the settings that make a cell.
     """
-    gathered: dict[Cell, dict[str, list[Record]]] = {}
+    tuned: dict[tuple[Cell, str], list[Record]] = {}
+    reported: dict[tuple[Cell, str], list[Record]] = {}
     for record in records:
-        if record["phase"] == "reported":
-            cell = tuple(record[name] for name in names)
-            arms = gathered.setdefault(cell, {})
-            arms.setdefault(record["arm"], []).append(record)
-    return {
-        cell: {arm: Score(tuple(of_arm)) for arm, of_arm in arms.items()}
-        for cell, arms in gathered.items()
-    }
+        key = tuple(record[name] for name in names), record["arm"]
+        by_phase = tuned if record["phase"] == "tuning" else reported
+        by_phase.setdefault(key, []).append(record)
+    table: Scores = {}
+    for (cell, arm), runs in reported.items():
+        if of_tuning := tuned.get((cell, arm)):
+            rate = choose_learning_rate(of_tuning)
+            runs = [run for run in runs if run["learning_rate"] == rate]
+        if runs:
+            table.setdefault(cell, {})[arm] = Score(tuple(runs))
+    return table
 
 
 def complete(table: Scores) -> Scores:

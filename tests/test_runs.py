@@ -214,11 +214,9 @@ def test_one_rate_needs_no_tuning():
 # The regret table, against numbers worked out by hand
 
 
-def reported(problem, arm, *errors):
-    return [
-        {"problem": problem, "arm": arm, "phase": "reported", **result(error)}
-        for error in errors
-    ]
+def reported(problem, arm, *errors, rate=0.1):
+    settings = {"problem": problem, "arm": arm, "learning_rate": rate}
+    return [{**settings, "phase": "reported", **result(error)} for error in errors]
 
 
 TABLE = [
@@ -255,6 +253,17 @@ def test_the_regret_table_is_the_one_worked_out_by_hand():
     # Errors above 1 count as 1: 1 / 0.11.
     assert by_arm["C"].worst == pytest.approx(1 / 0.11)
     assert by_arm["A"].median == pytest.approx(1.125)
+
+
+def test_runs_at_a_rate_that_is_no_longer_chosen_do_not_count():
+    old, new = reported("1", "A", 0.5, 0.6), reported("1", "A", 0.1, 0.2, rate=0.3)
+    tuning = [{**old[0], "phase": "tuning"}]
+    (score,) = scores([*tuning, *old], ("problem",))["1",].values()
+    assert score.records == tuple(old)
+    tuning.append({**new[0], "phase": "tuning"})
+    (score,) = scores([*tuning, *old, *new], ("problem",))["1",].values()
+    assert score.records == tuple(new)
+    assert scores([*tuning, *old], ("problem",)) == {}
 
 
 def test_regret_may_be_a_difference_and_cells_may_lack_an_arm():
