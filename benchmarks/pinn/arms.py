@@ -84,15 +84,16 @@ def probed(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-_ADAM_RATES = (3e-4, 1e-3, 3e-3)
+# Half decades, for plain momentum decades, up to where most arms fail in most cells.
+_ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "AdamW": Optimizer(optax.adamw, _ADAM_RATES),
     "AdamW b2=0.9": Optimizer(partial(optax.adamw, b2=0.9), _ADAM_RATES),
     "AdamW b2=0.99": Optimizer(partial(optax.adamw, b2=0.99), _ADAM_RATES),
     "Adam eps=1e-16": Optimizer(partial(optax.adam, eps=1e-16), _ADAM_RATES),
-    "NovoGrad": Optimizer(optax.novograd, (3e-3, 1e-2, 3e-2)),
-    "LAMB": Optimizer(optax.lamb, (1e-3, 3e-3, 1e-2)),
+    "NovoGrad": Optimizer(optax.novograd, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "LAMB": Optimizer(optax.lamb, (1e-3, 3e-3, 1e-2, 3e-2)),
     "momentum": Optimizer(partial(optax.sgd, momentum=0.9), (1e-5, 1e-4, 1e-3)),
 }
 
@@ -122,6 +123,8 @@ ARMS: dict[str, Arm] = {
     "NovoGrad": Arm("NovoGrad"),
     "LAMB": Arm("LAMB"),
     "momentum": Arm("momentum"),
-    "clip 1 + momentum": Arm("momentum", _clip, rates=(1e-3, 1e-2, 1e-1)),
-    "StableGrad + momentum": Arm("momentum", stablegrad, rates=(1e-5, 1e-4, 1e-3)),
+    "clip 1 + momentum": Arm("momentum", _clip, rates=(1e-3, 1e-2, 1e-1, 3e-1)),
+    "StableGrad + momentum": Arm(
+        "momentum", stablegrad, rates=(1e-5, 1e-4, 1e-3, 3e-3)
+    ),
 }
