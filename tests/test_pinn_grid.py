@@ -93,7 +93,7 @@ def test_poissons_interior_does_not_depend_on_u_itself():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_makes_a_finite_first_step(arm):
-    assert len(ARMS[arm].learning_rates) == 3
+    assert len(ARMS[arm].learning_rates) >= 3
     assert ARMS[arm].optimizer in OPTIMIZERS
     tx = ARMS[arm](lambda count: 1e-3)
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -179,7 +179,9 @@ def test_smoke_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     assert command.main(args) == 0
     records = runs.read(path)
     preset = PRESETS["smoke"]
-    assert len(records) == 2 * len(preset.arms) * (3 + 3)
+    num_rates = [len(ARMS[arm].learning_rates) for arm in preset.arms]
+    num_runs = 2 * sum(rates + 3 for rates in num_rates)
+    assert len(records) == num_runs
     keys = (
         "problem depth width activation init optimizer arm learning_rate seed steps "
         "error failed ms_per_step device jax date phase"
@@ -202,7 +204,11 @@ def test_smoke_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "train_batch", refuse)
     assert command.main(args) == 0
     assert runs.read(path) == records
-    assert capsys.readouterr().out.splitlines()[-1].startswith("36 of 36 runs")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith(f"{num_runs} of {num_runs} runs")
+    )
 
     assert report.main(["pinn", "--results", str(path)]) == 0
     names = sorted(file.name for file in tmp_path.iterdir())

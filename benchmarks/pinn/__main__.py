@@ -1,11 +1,11 @@
 """Train physics-informed networks with every optimizer, and keep every run.
 
-Each arm's learning rate is chosen on tuning seeds, among three: the lowest median
+Each arm's learning rate is chosen on tuning seeds, from its set: the lowest median
 relative error, failures last. It is then reported on fresh seeds. Arms have equal
 steps, initial weights and points. Finished runs are one JSON line each; a command
 that was stopped goes on where it was. `python -m benchmarks.report pinn` draws them.
 
-cpu: 25 cells, about 2 hours on 2 idle cores. gpu: wider and longer, the initializers
+cpu: 25 cells, about 3 hours on 2 idle cores. gpu: wider and longer, the initializers
 side by side; `--minutes 8` cuts it in pieces. twenty-seeds: ten arms at a fixed rate
 with 20 seeds, in the two cells where clipping and b2=0.9 failed. smoke: seconds.
 $JAX_COMPILATION_CACHE_DIR keeps compiled programs between commands.

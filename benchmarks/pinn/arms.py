@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """The fixed set that the tuning chooses from; three for every arm."""
+        """The fixed set that the tuning chooses from."""
         return self.rates or OPTIMIZERS[self.optimizer].rates
 
 

@@ -88,8 +88,6 @@ def _cells(
 _TELLING = ("normal 5/3", "uniform", "normal 1")
 _OTHERS = tuple(init for init in INITS if init not in _TELLING)
 
-# Two tuning seeds times three learning rates are as many runs as the reported seeds:
-# both batches have one shape, and so one compilation.
 _PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
 
 PRESETS: dict[str, Preset] = {

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import figures
 from benchmarks.pages import Page
+from benchmarks.pinn.arms import ARMS
 from benchmarks.pinn.train import FAILURE_ERROR
 from benchmarks.runs import Record
 from benchmarks.summary import (
@@ -57,7 +58,7 @@ _HEAD = f"""\
 Written by `python -m benchmarks.report pinn` from `pinn.jsonl`; not edited by hand.
 
 Relative L2 errors after the last step. A run fails if its error is above \
-{FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set of three \
+{FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set \
 with the lowest median error over the tuning seeds, failures last, unless the preset \
 fixes it; medians are over the reported seeds, an error counting 1 at most. All arms \
 have equal steps, initial weights and points; float32, products at the highest \
@@ -88,7 +89,7 @@ def _error_tables(table: Scores) -> str:
     for (problem, activation, init, width, steps), by_depth in blocks.items():
         depths = sorted(by_depth)
         columns = [table[by_depth[depth]] for depth in depths]
-        arms = list(dict.fromkeys(arm for column in columns for arm in column))
+        arms = in_order(columns, ARMS)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
@@ -172,7 +173,7 @@ def _depth_figure(table: Scores) -> Figure:
         ax.set_axis_off()
     # Room for the counts where there are any; when all is drawn, for it fixes the rest.
     if any(not score.solved for arms in table.values() for score in arms.values()):
-        axes[0, 0].set_ylim(top=30)
+        axes[0, 0].set_ylim(top=60)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
     _legend(figure, arms)
@@ -199,7 +200,7 @@ def _depth_panel(
             ax.plot(depth, score.median, "x", color=style["color"], markersize=7)
             ax.annotate(
                 f"{score.num_failed}/{score.num_runs}",
-                (depth, 0.99 - 0.06 * index),
+                (depth, 0.99 - 0.05 * index),
                 xycoords=("data", "axes fraction"),
                 color=style["color"],
                 fontsize=6,
