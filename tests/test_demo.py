@@ -18,6 +18,8 @@ from benchmarks.pinn.problems import PROBLEMS
 from benchmarks.pinn.references import cole_hopf
 from benchmarks.pinn.train import Cell, advance, record_steps, start, train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # One object for the tests that train it: its program is compiled once.
 TWO_ARMS = Cell(
     PROBLEMS["poisson"](), Network(2, 8), ("AdamW", "StableGrad + AdamW"), 1e-3, 12

@@ -19,6 +19,8 @@ from benchmarks.pinn.train import Cell, train
 from benchmarks.runs import Run
 from stablegrad_optax import prediction_grad_std, value_and_grad_with_prediction_std
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SETTINGS = {
     "problem": "poisson",
     "depth": 2,

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.pinn.network import ACTIVATIONS, INITIALIZERS, Network
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SECOND = ((1.0, 1.0), (1.0, 0.0), (0.5, -2.0))
 
 

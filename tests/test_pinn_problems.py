@@ -13,6 +13,8 @@ from benchmarks.pinn.network import Derivatives, Network, SecondOrder
 from benchmarks.pinn.problems import PROBLEMS, relative_l2
 from benchmarks.pinn.references import allen_cahn, cole_hopf, read_burgers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXACT = {
     "poisson": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.sin(jnp.pi * x[1]),
     "helmholtz_1_4": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.sin(4 * jnp.pi * x[1]),

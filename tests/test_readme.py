@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [

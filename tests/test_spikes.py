@@ -33,6 +33,8 @@ from benchmarks.spikes.train import (
 from benchmarks.spikes.zclip import zclip
 from benchmarks.vision.train import schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Data
 
 

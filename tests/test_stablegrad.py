@@ -379,10 +379,11 @@ def test_a_scanned_net_equals_the_same_net_unrolled():
 
 def slices_scaled_alone(tx, grads, num_slices):
     """Each slice of a stacked tree through the transformation, on its own."""
+    update = jax.jit(tx.update)
     parts = []
     for i in range(num_slices):
         part = jax.tree.map(lambda leaf, i=i: leaf[i], grads)
-        parts.append(tx.update(part, tx.init(part))[0])
+        parts.append(update(part, tx.init(part))[0])
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
@@ -410,7 +411,7 @@ def test_a_vmapped_ensemble_is_scaled_member_by_member():
     updates, state = tx.update(grads, tx.init(grads))
     assert_trees_close(updates, slices_scaled_alone(stablegrad(), grads, 3))
     over_members = jax.vmap(lambda g: stablegrad().update(g, stablegrad().init(g))[0])
-    assert_trees_close(updates, over_members(grads))
+    assert_trees_close(updates, jax.jit(over_members)(grads))
     assert scale_factors(state, grads)["hidden/kernel"].shape == (3,)
 
 

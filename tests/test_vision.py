@@ -31,6 +31,8 @@ from benchmarks.vision.train import (
 from stablegrad_optax import stablegrad
 from tests.reference_data import reference_file
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = PlainNet(width=2, depth=4)
 
 
