@@ -132,8 +132,6 @@ _DIGITS = Cell("resnet20", (*_RATES, 3e-2), tuned=True, batch=16, arms=_DECAYED)
 _SPIKED_DIGITS = replace(
     _DIGITS, rates=(3e-3,), tuned=False, spike=200, steps=700, arms=_FEW
 )
-
-
 _SHORT_SPIKED = replace(_SPIKED, optimizer="Adam b2=0.9", arms=_MAIN)
 _SHORT_TEXT = replace(_TEXT, optimizer="Adam b2=0.9", arms=_MAIN)
 _SHORT_SERIES = replace(_SERIES, optimizer="AdamW b2=0.9", arms=_MAIN)
@@ -145,7 +143,7 @@ def _with(cell: Cell, name: str, values: tuple[str, ...]) -> tuple[Cell, ...]:
 
 
 def _large(task: str) -> tuple[Cell, ...]:
-    """All that the issue of the method names, in one task."""
+    """Every question, asked of the larger model of one task."""
     one = Cell(
         task,
         _RATES,
