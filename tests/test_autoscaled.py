@@ -10,7 +10,6 @@ import pytest
 
 from stablegrad_optax import scale_factors
 from stablegrad_optax._autoscaled import (
-    GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
 
@@ -245,22 +244,6 @@ def test_trees_without_anything_to_scale(tree):
         updates, new_state = jax.jit(tx.update)(tree, state)
         assert jax.tree.structure(updates) == jax.tree.structure(tree)
         assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
-
-
-def test_state_keeps_its_structure_and_the_widest_dtype():
-    tx = gradient_autoscaled_normalization()
-    with jax.enable_x64(True):
-        for dtype, wide in (("float16", "float32"), ("float64", "float64")):
-            grads = {"a": jnp.eye(3, dtype=dtype), "b": jnp.eye(2, dtype=jnp.bfloat16)}
-            state = tx.init(jax.eval_shape(lambda grads=grads: grads))
-            types = jax.tree.map(jax.typeof, state)
-            for _ in range(2):
-                updates, state = jax.jit(tx.update, donate_argnums=1)(grads, state)
-                assert jax.tree.map(jax.typeof, state) == types
-            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, grads)
-            assert state.grad_std.dtype == state.scale_factors.dtype == wide
-    buffers = [x.unsafe_buffer_pointer() for x in tx.init(grads)]
-    assert len(set(buffers)) == len(GradientAutoscaledNormalizationState._fields)
 
 
 def test_inject_hyperparams_equals_plain():

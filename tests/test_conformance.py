@@ -198,6 +198,7 @@ DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_case
 def test_dtype_is_preserved(case, dtype):
+    """That of the gradients; statistics of 16 bits are kept in float32."""
     with jax.enable_x64(jnp.dtype(dtype).itemsize * 8 in (64, 128)):
         grads = jax.eval_shape(lambda: gradients(dtype=dtype))
         state = jax.eval_shape(case.tx.init, grads)
@@ -205,6 +206,9 @@ def test_dtype_is_preserved(case, dtype):
         updates, new_state = jax.eval_shape(update, grads, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        floats = [x for x in state if jnp.issubdtype(x.dtype, jnp.floating)]
+        statistics = jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32)
+        assert {x.dtype for x in floats} == {statistics}
 
 
 @each_method
