@@ -115,7 +115,8 @@ def stablegrad(
       eps: Added to the spread; at least 0. A numerical floor alone: 1e-8 would cap the
         factor, and vanishing gradients of 1e-16 would stay so.
       scale_biases: Whether leaves that are not weights follow their layer. ``False`` is
-        the paper's letter; in our runs momentum SGD failed with it on deep nets.
+        the paper's letter; in our runs momentum SGD failed with it on deep nets, while
+        most PINNs of 4 to 8 layers with small initial weights did better.
       mask: Which leaves are weights, instead of the rule above: a pytree of bools that
         is the gradient's tree or a prefix of it, or a callable that makes one from the
         tree. Leaves below a prefix ``True`` are each a weight of their own.

@@ -115,6 +115,9 @@ ARMS: dict[str, Arm] = {
     ),
     "StableGrad + AdamW b2=0.9": Arm("AdamW b2=0.9", stablegrad),
     "StableGrad + AdamW b2=0.99": Arm("AdamW b2=0.99", stablegrad),
+    "StableGrad b2=0.9, biases untouched": Arm(
+        "AdamW b2=0.9", partial(stablegrad, scale_biases=False)
+    ),
     "GradientStabilizer + AdamW": Arm("AdamW", gradient_stabilizer),
     "GradientAutoscaled + AdamW": Arm("AdamW", gradient_autoscaled_normalization),
     "mean removal + AdamW": Arm(
