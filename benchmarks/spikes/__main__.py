@@ -6,8 +6,9 @@ last; fresh seeds are then reported on test examples. Arms have equal steps, ini
 weights, batches and noise. Finished runs are one JSON line each; a command that was
 stopped goes on where it was. `python -m benchmarks.report spikes` draws them.
 
-cpu: models of 8 to 43 thousand parameters. gpu: 5 seeds, a language model of 4.9
-million parameters; it was never run. smoke: seconds. Nothing is downloaded.
+cpu: models of 8 to 43 thousand parameters. million: one spike in the training of a
+language model of 1.3 million parameters, half an hour. gpu: 5 seeds, one of 4.9 million
+parameters; it was never run. smoke: seconds. Nothing is downloaded.
 $JAX_COMPILATION_CACHE_DIR keeps compiled programs between commands.
 """
 
@@ -32,7 +33,7 @@ PROG = "python -m benchmarks.spikes"
 
 @dataclass(frozen=True)
 class Options:
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    preset: Literal["smoke", "cpu", "million", "gpu"] = "cpu"
     """Which grid."""
 
     minutes: float | None = None

@@ -133,6 +133,12 @@ _SPIKED_DIGITS = replace(
     _DIGITS, rates=(3e-3,), tuned=False, spike=200, steps=700, arms=_FEW
 )
 _SHORT_SPIKED = replace(_SPIKED, optimizer="Adam b2=0.9", arms=_MAIN)
+_SPIKED_MILLION = replace(
+    _SPIKED,
+    rates=(1e-3,),
+    size="million",
+    arms=(*_MAIN, "GradientStabilizer, max_norm_ratio 2"),
+)
 _SHORT_TEXT = replace(_TEXT, optimizer="Adam b2=0.9", arms=_MAIN)
 _SHORT_SERIES = replace(_SERIES, optimizer="AdamW b2=0.9", arms=_MAIN)
 
@@ -214,6 +220,11 @@ PRESETS: dict[str, Preset] = {
             *_with(_SHORT_SERIES, "disturbance", (NOISES[0], NOISES[3])),
         ),
         protocol=Protocol(tuning_seeds=(0, 1), reported_seeds=(100, 101, 102)),
+    ),
+    # Whether a spike does to a larger decoder what it does to that of cpu.
+    "million": Preset(
+        cells=_with(_SPIKED_MILLION, "disturbance", ("none", "loss x1e4")),
+        protocol=Protocol((), (100, 101, 102)),
     ),
     "gpu": Preset(
         cells=tuple(cell for task in TASKS for cell in _large(task)),

@@ -18,7 +18,7 @@ from benchmarks.vision.models import MODELS
 from benchmarks.vision.train import Recipe
 
 PyTree = Any
-Size = Literal["tiny", "cpu", "gpu"]
+Size = Literal["tiny", "cpu", "million", "gpu"]
 HELD_OUT = 64  # examples that score a language model; series: of each
 
 
@@ -219,11 +219,12 @@ def _joined(
     return past, future
 
 
-# The decoder of size "gpu" has 4.9 million parameters, that of size "cpu" 43 thousand:
-# what two busy cores can train some hundreds of times.
+# The decoder of size "gpu" has 4.9 million parameters, "million" 1.3 million, "cpu" 43
+# thousand: what two busy cores can train some hundreds of times.
 _LANGUAGE: dict[Size, tuple[int, int, int]] = {  # width, depth, context
     "tiny": (8, 1, 8),
     "cpu": (32, 2, 32),
+    "million": (128, 6, 64),
     "gpu": (256, 6, 256),
 }
 _FORECAST: dict[Size, tuple[int, int, int, int]] = {  # width, depth, context, horizon
