@@ -168,7 +168,8 @@ def _count(table: Scores) -> str:
 
 
 def _summary(table: Scores) -> str:
-    return regret_table(regret(_compared(table)), "cells with tuned rates")
+    compared = _compared(table)
+    return regret_table(regret(compared), "cells with tuned rates") if compared else ""
 
 
 def _tables(table: Scores) -> str:
