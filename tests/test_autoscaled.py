@@ -9,9 +9,7 @@ import optax
 import pytest
 
 from stablegrad_optax import scale_factors
-from stablegrad_optax._autoscaled import (
-    gradient_autoscaled_normalization,
-)
+from stablegrad_optax._autoscaled import gradient_autoscaled_normalization
 
 
 class Reference:

@@ -55,6 +55,7 @@ def test_the_second_call_does_not_recompile(case):
 
 @each_case
 def test_state_keeps_structure_shapes_and_dtypes(case):
+    """And each field is a buffer of its own, from init on."""
     grads = gradients()
     state = case.tx.init(grads)
     update = functools.partial(case.tx.update, **case.extra_args)
@@ -63,6 +64,10 @@ def test_state_keeps_structure_shapes_and_dtypes(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(
         state, jax.eval_shape(case.tx.init, grads)
     )
+    for old, new in zip(state, new_state, strict=True):
+        assert old.weak_type == new.weak_type
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers) == len(state)
 
 
 @each_case
@@ -76,11 +81,8 @@ def test_state_is_one_vector_per_statistic(case):
 
 @each_method
 def test_state_can_be_donated(case):
-    """Each field is a buffer of its own, from init on."""
     grads = gradients()
     state = case.tx.init(grads)
-    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
-    assert len(set(buffers)) == len(buffers)
     step = jax.jit(case.tx.update, donate_argnums=1)
     expected = case.update(grads, case.update(grads, case.tx.init(grads))[1])
     _, state = step(grads, state, **case.extra_args)

@@ -41,10 +41,16 @@ PAIRS = (
     ("StableGrad + AdamW", "AdamW b2=0.9"),
     ("StableGrad + AdamW", "StableGrad, biases untouched"),
     ("StableGrad + AdamW", "StableGrad, probe on u"),
+    ("StableGrad + AdamW", "StableGrad, probe on residuals"),
     ("StableGrad + AdamW b2=0.9", "AdamW"),
     ("StableGrad + AdamW b2=0.9", "clip 1 + AdamW"),
     ("StableGrad + AdamW b2=0.9", "AdamW b2=0.9"),
+    ("StableGrad + AdamW b2=0.9", "StableGrad b2=0.9, biases untouched"),
     ("StableGrad + momentum", "clip 1 + momentum"),
+    ("GradientStabilizer + AdamW", "AdamW"),
+    ("GradientAutoscaled + AdamW", "AdamW"),
+    ("clip 1 + AdamW", "AdamW"),
+    ("AdamW b2=0.9", "AdamW"),
 )
 HEAT_MAPS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
