@@ -167,31 +167,37 @@ def _written(module: Module, where: Computation, instruction: Instruction) -> in
         results = results[:1]
     elif instruction.opcode.endswith("-start"):
         results = results[1:2]
-    makers = [(where, instruction)]
-    if instruction.opcode == "fusion":
-        (called,) = instruction.called("calls")
-        inside = module.computations[called]
-        root = inside.instructions[inside.root]
-        names = root.operands if root.opcode == "tuple" else (root.name,)
-        makers = [(inside, inside.instructions[name]) for name in names]
-    if len(makers) != len(results):
-        makers = [(where, instruction)] * len(results)
+    elif instruction.opcode == "dynamic-update-slice":
+        return _result(where.instructions[instruction.operands[1]])
+    full = [0 if array.on_chip else array.num_bytes for array in results]
+    if instruction.opcode != "fusion":
+        return sum(full)
+    (called,) = instruction.called("calls")
+    inside = module.computations[called]
+    root = inside.instructions[inside.root]
+    makers = root.operands if root.opcode == "tuple" else (root.name,)
+    if len(makers) != len(full):
+        return sum(full)
+    updated = (_updated_in_place(inside, name) for name in makers)
     return sum(
-        min(array.num_bytes, _updated(*maker, array.num_bytes))
-        for maker, array in zip(makers, results, strict=True)
-        if not array.on_chip
+        size if part is None else min(size, part)
+        for size, part in zip(full, updated, strict=True)
     )
 
 
-def _updated(where: Computation, maker: Instruction, full: int) -> int:
-    """Bytes that change in a result of `full` bytes."""
-    while maker.opcode == "bitcast":
-        maker = where.instructions[maker.operands[0]]
+def _updated_in_place(inside: Computation, name: str) -> int | None:
+    """Bytes that a fusion changes of an operand; None if it makes the whole result."""
+    maker = _behind_bitcasts(inside, name)
     if maker.opcode != "dynamic-update-slice":
-        return full
-    target = where.instructions[maker.operands[0]]
-    while target.opcode == "bitcast":
-        target = where.instructions[target.operands[0]]
-    if target.opcode not in ("parameter", "get-tuple-element", "dynamic-update-slice"):
-        return full  # made in the same kernel, and written whole
-    return _result(where.instructions[maker.operands[1]])
+        return None
+    target, part, *_ = maker.operands
+    if _behind_bitcasts(inside, target).opcode != "parameter":
+        return None
+    return _result(inside.instructions[part])
+
+
+def _behind_bitcasts(inside: Computation, name: str) -> Instruction:
+    instruction = inside.instructions[name]
+    while instruction.opcode == "bitcast":
+        instruction = inside.instructions[instruction.operands[0]]
+    return instruction
