@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs notebooks package clean
+.PHONY: demo test test-all test-tpu lint docs notebooks package clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +13,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+
+# What a step moves on a TPU, as its compiler says; no TPU is needed.
+test-tpu: .venv/installed-tpu
+	$(BIN)/python -m pytest tests/test_compiled_cost.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

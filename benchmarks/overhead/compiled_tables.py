@@ -1,6 +1,7 @@
 """The tables of what the compilers of a TPU and a GPU said; nothing was executed."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from benchmarks.overhead import compilers, trees
 from benchmarks.overhead.arms import ARMS, BASELINE
@@ -25,6 +26,10 @@ def as_line(record: Record) -> str:
 def sections(records: dict[Key, Record]) -> list[str]:
     """Markdown, a heading for every target that was compiled for."""
     parts = []
+    if any(key[0] == "compiled" for key in records):
+        parts.append(
+            "![Bytes and kernels over adamw's, compiled](overhead_compiled.png)"
+        )
     for target, (title, *_) in compilers.TARGETS.items():
         of_target = {
             key: r for key, r in records.items() if key[:2] == ("compiled", target)
@@ -37,10 +42,10 @@ def sections(records: dict[Key, Record]) -> list[str]:
             f"executed, so nothing here is a time of a step. {_versions(of_target)} "
             "Each cell: float32 / bfloat16.",
         ]
-        for text, cell in _TABLES.items():
-            rows = _rows(of_target, target, cell)
-            if any(any(row[1:]) for row in rows[1:]):
-                parts += [text, lines(rows)]
+        for table in _TABLES:
+            rows = _rows(of_target, target, table.cell)
+            if len(rows) > 1:
+                parts += [f"### {table.heading}", table.text, lines(rows)]
         parts += _errors(of_target)
     return parts
 
@@ -83,20 +88,42 @@ def _compilation(record: Record, base: Record) -> str:
     return f"{own:.1f} s" if record is base else f"{own / reference:.2f}"
 
 
-# Words before the table -> a cell of it, of a record and adamw's beside.
-_TABLES: dict[str, Callable[[Record, Record], str]] = {
-    "Bytes to and from HBM over adamw's. One more read of the gradient is 8/7 = 1.143. "
-    "After a plus, here and below: in the branches of conditionals, of which one "
-    "runs.": _bytes,
-    "Kernels.": _kernels,
-    "Conditionals. At one, a GPU's host waits for the device.": _conditionals,
-    "All-reduces where every leaf of two dimensions or more is cut over 2 x 2 "
-    "devices.": _all_reduces,
-    "Temporary memory beyond adamw's, over the gradient's bytes; of trees below 10 MB "
-    "in KiB.": _temporary,
-    "Time to trace and compile over adamw's (whose is in seconds of the "
-    "processor).": _compilation,
-}
+class _Table(NamedTuple):
+    heading: str
+    text: str
+    cell: Callable[[Record, Record], str]  # of a record and adamw's beside
+
+
+_TABLES = (
+    _Table(
+        "Bytes",
+        "To and from HBM, over adamw's. One more read of the gradient makes 8/7 = "
+        "1.143. What fits into a TPU's VMEM (128 MB) may be read once for both passes. "
+        "After a plus, here and below: in the branches of conditionals, of which one "
+        "runs.",
+        _bytes,
+    ),
+    _Table("Kernels", "Copies included, fetches ahead apart.", _kernels),
+    _Table(
+        "Conditionals", "At each, a GPU's host waits for the device.", _conditionals
+    ),
+    _Table(
+        "All-reduces",
+        "Every leaf of two dimensions or more is cut over 2 x 2 devices.",
+        _all_reduces,
+    ),
+    _Table(
+        "Temporary memory",
+        "Beyond adamw's, over the gradient's bytes; of trees below 10 MB in KiB. The "
+        "TPU's compiler sets aside 63 KiB for each small array between two kernels.",
+        _temporary,
+    ),
+    _Table(
+        "Compilation",
+        "Tracing and compilation over adamw's, whose is in seconds of the processor.",
+        _compilation,
+    ),
+)
 
 
 def _rows(

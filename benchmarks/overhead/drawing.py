@@ -1,4 +1,4 @@
-"""The figure of what was executed."""
+"""The figures: times of what was executed, and what was compiled for a TPU or GPU."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import figures
-from benchmarks.overhead import tables, trees
+from benchmarks.overhead import compilers, tables, trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
-from benchmarks.overhead.suite import Key, Record
+from benchmarks.overhead.suite import CROSS_COMPILED, Key, Record
 
 
 def figure(records: dict[Key, Record]) -> Figure:
@@ -92,3 +92,68 @@ def _draw_compilation(ax: Axes, records: dict[Key, Record]) -> None:
     ax.set(xscale="log", xlabel="leaves", ylabel="time to compile over adamw's")
     ax.set_title("tracing and compilation")
     ax.grid(alpha=0.3)
+
+
+def compiled_figure(records: dict[Key, Record]) -> Figure | None:
+    """Bytes and kernels over adamw's, a column a target; None if none was compiled."""
+    targets = [
+        target
+        for target in compilers.TARGETS
+        if any(key[:2] == ("compiled", target) for key in records)
+    ]
+    if not targets:
+        return None
+    canvas, axes = plt.subplots(
+        2,
+        len(targets),
+        figsize=(7 * len(targets), 8),
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
+    )
+    for column, target in zip(axes.T, targets, strict=True):
+        for ax, name in zip(column, ("bytes", "kernels"), strict=True):
+            _draw_compiled(ax, records, target, name)
+        column[0].set_title(f"compiled for a {compilers.TARGETS[target].title}")
+        column[0].axhline(8 / 7, color="0.5", linewidth=1, linestyle=":")
+        column[1].set(yscale="log")
+    axes[0, 0].set_ylabel("bytes to and from HBM over adamw's")
+    axes[1, 0].set_ylabel("kernels over adamw's")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=3)
+    canvas.suptitle(
+        "filled: float32, open: bfloat16, both without branches; dotted: one more read "
+        "of the gradient",
+        fontsize=9,
+        color="0.4",
+    )
+    return canvas
+
+
+def _draw_compiled(
+    ax: Axes, records: dict[Key, Record], target: str, name: str
+) -> None:
+    compiled = [
+        tree
+        for tree in trees.TREES
+        if ("compiled", target, tree) in {k[:3] for k in records}
+    ]
+    names = [arm for arm in CROSS_COMPILED if arm != BASELINE]
+    for index, arm in enumerate(names):
+        for dtype in ("float32", "bfloat16"):
+            places, values = [], []
+            for place, tree in enumerate(compiled):
+                own = records.get(("compiled", target, tree, dtype, arm), {})
+                base = records.get(("compiled", target, tree, dtype, BASELINE), {})
+                if name in own and name in base:
+                    side = 0.05 if dtype == "bfloat16" else -0.05
+                    places.append(place + 0.7 * (index / (len(names) - 1) - 0.5) + side)
+                    values.append(own[name] / base[name])
+            filled = dtype == "float32"
+            look = style(arm) | ({} if filled else {"markerfacecolor": "none"})
+            ax.plot(places, values, **look, linestyle="", label=arm if filled else None)
+    ax.axhline(1, color="0.5", linewidth=1)
+    ax.set_xticks(
+        range(len(compiled)), map(trees.label, compiled), rotation=20, ha="right"
+    )
+    ax.grid(axis="y", alpha=0.3)

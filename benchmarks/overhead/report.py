@@ -7,7 +7,7 @@ from rich.table import Table
 
 from benchmarks import figures
 from benchmarks.overhead import compiled_tables, tables
-from benchmarks.overhead.drawing import figure
+from benchmarks.overhead.drawing import compiled_figure, figure
 from benchmarks.overhead.suite import Key, Record, key_of
 
 
@@ -33,7 +33,7 @@ def as_table(records: Sequence[Record]) -> Table:
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Writes overhead.md and overhead.png; returns their paths."""
+    """Writes overhead.md and its figures; returns their paths."""
     by_key = {key_of(record): record for record in records}
     text, picture = folder / "overhead.md", folder / "overhead.png"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,11 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     unfinished.write_text(markdown(by_key))
     unfinished.replace(text)
     figures.save(figure(by_key), picture)
-    return [text, picture]
+    paths = [text, picture]
+    if drawn := compiled_figure(by_key):
+        paths.append(folder / "overhead_compiled.png")
+        figures.save(drawn, paths[-1])
+    return paths
 
 
 def markdown(records: dict[Key, Record]) -> str:
