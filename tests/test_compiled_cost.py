@@ -4,10 +4,16 @@ The programs of the first part are small enough to know their bytes; the second 
 compiles for a TPU v5e, which needs libtpu but no TPU.
 """
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import compilers, costs, hlo, programs, trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
 
@@ -123,6 +129,72 @@ def test_what_is_fetched_ahead_counts_once_and_what_is_on_the_chip_never():
     always = costs.count(FETCHED).always
     assert always.num_bytes == 4 * 128 * (8 + 16)
     assert always.kernels == 1
+
+
+@pytest.fixture
+def compiler_here(monkeypatch):
+    """Compiles for CPUs of this computer; only one tree is there, and two arms."""
+    cpus = np.array(jax.devices()[:4]).reshape(2, 2)
+    here = compilers.Compiler(
+        SingleDeviceSharding(jax.devices()[0]), Mesh(cpus, ("rows", "columns")), "none"
+    )
+    monkeypatch.setattr(compilers, "missing", lambda target: None)
+    monkeypatch.setattr(compilers, "load", lambda target: here)
+    layer = {"dense": {"kernel": (4, 6), "bias": (6,)}}
+    monkeypatch.setitem(trees.TREES, "e", ("small", lambda: layer))
+    arms = (BASELINE, "clip_by_global_norm")
+    monkeypatch.setattr(command, "CROSS_COMPILED", arms)
+
+
+def test_the_command_compiles_keeps_and_resumes(compiler_here, tmp_path, capsys):
+    args = ["--compiled", "tpu", "--quick", "--output", str(tmp_path)]
+    assert command.main(args) == 0
+    assert re.search(
+        r"clip_by_global_norm │ .* MB, \d+ kernels", capsys.readouterr().out
+    )
+    lines = (tmp_path / "overhead.jsonl").read_text().splitlines()
+    adamw, clip = map(json.loads, lines)
+    assert clip["target"] == "tpu"
+    assert clip["all_reduces"] == adamw["all_reduces"] + 1
+    assert clip["bytes"] > adamw["bytes"] > 7 * adamw["gradient_bytes"]
+    table = (tmp_path / "overhead.md").read_text()
+    ratio = clip["bytes"] / adamw["bytes"]
+    assert f"| clip_by_global_norm | {ratio:.3f} |" in table
+    assert (tmp_path / "overhead_compiled.png").read_bytes().startswith(b"\x89PNG")
+
+    assert command.main(args) == 0
+    assert (tmp_path / "overhead.jsonl").read_text().splitlines() == lines
+
+
+def test_what_could_not_be_compiled_is_shown_and_tried_again(
+    compiler_here, tmp_path, monkeypatch, capsys
+):
+    def refuse(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large\nmore")
+
+    args = ["--compiled", "gpu", "--quick", "--output", str(tmp_path)]
+    with monkeypatch.context() as broken:
+        broken.setattr(programs, "lower", refuse)
+        assert command.main(args) == 0
+    assert "failed: RESOURCE_EXHAUSTED: too large" in capsys.readouterr().out
+    table = tmp_path / "overhead.md"
+    assert "| clip_by_global_norm | failed |" in table.read_text()
+    assert "Failed: e float32 adamw: RESOURCE_EXHAUSTED: too large" in table.read_text()
+    assert command.main(args) == 0
+    assert "failed" not in table.read_text()
+
+
+@pytest.mark.parametrize(("target", "extra"), [("tpu", "tpu"), ("gpu", "cuda12")])
+def test_a_compiler_that_is_not_installed_costs_one_line(
+    target, extra, monkeypatch, capsys
+):
+    absent = compilers.TARGETS[target]._replace(packages=("no-such-compiler",))
+    monkeypatch.setitem(compilers.TARGETS, target, absent)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--compiled", target])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"needs no-such-compiler: pip install 'jax[{extra}]'" in line
 
 
 needs_libtpu = pytest.mark.skipif(

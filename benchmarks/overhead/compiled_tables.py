@@ -37,7 +37,7 @@ def sections(records: dict[Key, Record]) -> list[str]:
         if not of_target:
             continue
         parts += [
-            f"## Compiled for a {title}",
+            f"## Compiled for {title}",
             f"By `python -m benchmarks.overhead --compiled {target}`; nothing was "
             f"executed, so nothing here is a time of a step. {_versions(of_target)} "
             "Each cell: float32 / bfloat16.",

@@ -114,9 +114,12 @@ def compiled_figure(records: dict[Key, Record]) -> Figure | None:
     for column, target in zip(axes.T, targets, strict=True):
         for ax, name in zip(column, ("bytes", "kernels"), strict=True):
             _draw_compiled(ax, records, target, name)
-        column[0].set_title(f"compiled for a {compilers.TARGETS[target].title}")
+        column[0].set_title(f"compiled for {compilers.TARGETS[target].title}")
         column[0].axhline(8 / 7, color="0.5", linewidth=1, linestyle=":")
         column[1].set(yscale="log")
+        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
+        column[1].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        column[1].minorticks_off()
     axes[0, 0].set_ylabel("bytes to and from HBM over adamw's")
     axes[1, 0].set_ylabel("kernels over adamw's")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -153,6 +156,8 @@ def _draw_compiled(
             look = style(arm) | ({} if filled else {"markerfacecolor": "none"})
             ax.plot(places, values, **look, linestyle="", label=arm if filled else None)
     ax.axhline(1, color="0.5", linewidth=1)
+    for edge in range(1, len(compiled)):
+        ax.axvline(edge - 0.5, color="0.9", linewidth=1)
     ax.set_xticks(
         range(len(compiled)), map(trees.label, compiled), rotation=20, ha="right"
     )
