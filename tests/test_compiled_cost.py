@@ -155,7 +155,7 @@ def test_the_command_compiles_keeps_and_resumes(compiler_here, tmp_path, capsys)
     lines = (tmp_path / "overhead.jsonl").read_text().splitlines()
     adamw, clip = map(json.loads, lines)
     assert clip["target"] == "tpu"
-    assert clip["all_reduces"] == adamw["all_reduces"] + 1
+    assert clip["all_reduces"] > adamw["all_reduces"] == 0
     assert clip["bytes"] > adamw["bytes"] > 7 * adamw["gradient_bytes"]
     table = (tmp_path / "overhead.md").read_text()
     ratio = clip["bytes"] / adamw["bytes"]
