@@ -155,17 +155,17 @@ def _read_of(module: Module, inside: Computation, name: str, full: int) -> int:
 
 def _result(instruction: Instruction) -> int:
     """Bytes of what an instruction makes, wherever it is put."""
-    if instruction.opcode.endswith("-start"):  # (sources, the result, a semaphore)
-        *_, result, _ = hlo.arrays(instruction.shape)
-        return result.num_bytes
-    return sum(array.num_bytes for array in hlo.arrays(instruction.shape))
+    results = hlo.arrays(instruction.shape)
+    if instruction.opcode in _FETCHES:
+        return results[1].num_bytes
+    return sum(array.num_bytes for array in results)
 
 
 def _written(module: Module, where: Computation, instruction: Instruction) -> int:
     results = hlo.arrays(instruction.shape)
     if instruction.opcode == "copy-start":  # (the result, the source, a semaphore)
         results = results[:1]
-    elif instruction.opcode.endswith("-start"):
+    elif instruction.opcode in _FETCHES:  # (the source, the result, a semaphore)
         results = results[1:2]
     elif instruction.opcode == "dynamic-update-slice":
         return _result(where.instructions[instruction.operands[1]])
