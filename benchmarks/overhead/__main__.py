@@ -30,7 +30,7 @@ from benchmarks.overhead.suite import COMPILED, CROSS_COMPILED, Record, Suite
 from benchmarks.runs import RESULTS
 
 TIMED_TREES = ("e", "a", "d", "b", "c")
-COMPILED_TREES = ("d", "e", "g", "f", "a", "b")
+COMPILED_TREES = ("d", "e", "g", "a", "b", "f")
 PROG = "python -m benchmarks.overhead"
 
 
