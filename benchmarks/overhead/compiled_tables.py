@@ -134,17 +134,27 @@ def _rows(
     for arm in ARMS:
         cells = []
         for tree in compiled:
-            both = []
-            for dtype in ("float32", "bfloat16"):
-                own = records.get(("compiled", target, tree, dtype, arm))
-                base = records.get(("compiled", target, tree, dtype, BASELINE))
-                if own and base:
-                    failed = "error" in own or "error" in base
-                    both.append("failed" if failed else cell(own, base))
-            cells.append(" / ".join(filter(None, both)))
+            both = [
+                _of_pair(
+                    cell,
+                    *(
+                        records.get(("compiled", target, tree, dtype, name), {})
+                        for name in (arm, BASELINE)
+                    ),
+                )
+                for dtype in ("float32", "bfloat16")
+            ]
+            cells.append(" / ".join(text or "-" for text in both) if any(both) else "")
         if any(cells):
             rows.append([arm, *cells])
     return rows
+
+
+def _of_pair(cell: Callable[[Record, Record], str], own: Record, base: Record) -> str:
+    """Empty where one was not compiled."""
+    if not own or not base:
+        return ""
+    return "failed" if "error" in own or "error" in base else cell(own, base)
 
 
 def _versions(records: dict[Key, Record]) -> str:
