@@ -2,12 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -19,52 +18,78 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import stablegrad_optax
-from benchmarks import figures, runs
-from benchmarks.command_line import fail
-from benchmarks.runs import Entry, Ledger, Protocol, Record, Run
+from benchmarks.lib import runs
+from benchmarks.lib.machine import origin
+from benchmarks.lib.runs import Record, Run
+from benchmarks.lib.suite import Entry, Preset
 
 # (runs of one group, tick) -> what came of each. It calls tick now and then, and lets
 # through what tick raises.
 Compute = Callable[[Sequence[Run], Callable[[], None]], list[Record]]
 
 
+class Ledger:
+    """Which runs of a preset are there and which are missing.
+
+    Args:
+        preset: the grid; the settings of its entries have the same names.
+        records: the lines of a file; those of other runs are ignored.
+    """
+
+    def __init__(self, preset: Preset, records: Iterable[Record] = ()):
+        self._entries, self._protocol = preset.entries, preset.protocol
+        (names,) = {tuple(sorted(entry.settings)) for entry in self._entries}
+        self._names = (*names, "learning_rate", "seed", "phase")
+        self._records: dict[tuple, Record] = {}
+        self.add(records)
+        self.num_runs = preset.num_runs
+        self.cost = sum(e.cost * e.num_runs(self._protocol) for e in self._entries)
+
+    def add(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._records[self._key(record)] = record
+
+    def missing(self, group: Sequence[Entry]) -> list[Run]:
+        """The runs of entries that can be computed now: first those that tune."""
+        tuning = self._absent(run for e in group for run in e.tuning(self._protocol))
+        return tuning or self._absent(run for e in group for run in self._reported(e))
+
+    def done(self) -> tuple[int, float]:
+        """The number of runs that are there, and their cost."""
+        num_runs, cost = 0, 0.0
+        for entry in self._entries:
+            tuning = entry.tuning(self._protocol)
+            absent = self._absent(tuning)
+            num_done = len(tuning) - len(absent)
+            if not absent:
+                reported = self._reported(entry)
+                num_done += len(reported) - len(self._absent(reported))
+            num_runs += num_done
+            cost += num_done * entry.cost
+        return num_runs, cost
+
+    def _reported(self, entry: Entry) -> list[Run]:
+        tuning = entry.tuning(self._protocol)
+        return entry.reported(self._protocol, [self._of(run) for run in tuning])
+
+    def _absent(self, wanted: Iterable[Run]) -> list[Run]:
+        return [
+            run for run in wanted if self._key(run.as_record()) not in self._records
+        ]
+
+    def _of(self, run: Run) -> Record:
+        return self._records[self._key(run.as_record())]
+
+    def _key(self, record: Record) -> tuple:
+        return tuple(record.get(name) for name in self._names)
+
+
 class _Stopped(Exception):
     """Raised inside a batch that is to be abandoned."""
 
 
-def command(
-    prog: str,
-    groups: Sequence[Sequence[Entry]],
-    protocol: Protocol,
-    compute: Compute,
-    path: Path,
-    *,
-    minutes: float | None,
-    workers: int,
-) -> int:
-    """`run_grid` for the command `prog`; a wrong option or file costs one line."""
-    if minutes is not None and not minutes > 0:
-        fail(prog, f"--minutes must be above 0, got {minutes:g}")
-    if workers < 1:
-        fail(prog, f"--workers must be at least 1, got {workers}")
-    try:
-        return run_grid(
-            groups,
-            protocol,
-            compute,
-            path,
-            console=Console(),
-            minutes=minutes,
-            workers=workers,
-        )
-    except (ValueError, OSError) as error:  # what the file holds
-        fail(prog, str(error))
-
-
 def run_grid(
-    groups: Sequence[Sequence[Entry]],
-    protocol: Protocol,
+    preset: Preset,
     compute: Compute,
     path: Path,
     *,
@@ -77,8 +102,7 @@ def run_grid(
     The missing runs of a group that tune are one batch, those reported the next.
 
     Args:
-        groups: entries whose runs may be computed side by side, in this order.
-        protocol: the seeds.
+        preset: the grid.
         compute: trains the runs of a batch.
         path: of the JSON lines; they are written when a batch is done.
         console: where progress is shown; a line for each batch if it is no terminal.
@@ -88,11 +112,14 @@ def run_grid(
     Returns:
         The exit code: 0 when everything is there or the time is up, 1 if a batch
         failed, 130 if it was interrupted.
+
+    Raises:
+        OSError: if finished runs could not be written; nothing is computed after it.
     """
-    entries = [entry for group in groups for entry in group]
-    ledger = Ledger(entries, protocol, runs.read(path))
+    ledger = Ledger(preset, runs.read(path))
     board = _Board(ledger, console)
     stop, begin = threading.Event(), time.monotonic()
+    unwritten: list[OSError] = []
 
     def tick() -> None:
         if minutes is not None and time.monotonic() - begin > 60 * minutes:
@@ -107,12 +134,17 @@ def run_grid(
                 {**run.as_record(), **result, **origin()}
                 for run, result in zip(batch, compute(batch, tick), strict=True)
             ]
-            runs.append(path, records)
-            board.finished(records)
+            try:
+                runs.append(path, records)
+            except OSError as error:
+                unwritten.append(error)
+                stop.set()
+                raise _Stopped from error
+            board.finished(batch, records)
 
     interrupted = False
     with board, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, group) for group in groups]
+        futures = [pool.submit(work, group) for group in preset.groups]
         try:
             for future in as_completed(futures):
                 error = future.exception()
@@ -123,6 +155,8 @@ def run_grid(
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
     there = f"{board.counts()} are in {path}"
+    if unwritten:
+        raise OSError(f"{there}, the last batch could not be written: {unwritten[0]}")
     if interrupted:
         there = f"Interrupted: {there}; the same command goes on from there"
     elif stop.is_set():
@@ -170,10 +204,10 @@ class _Board:
     def counts(self) -> str:
         return f"{self._ledger.done()[0]} of {self._ledger.num_runs} runs"
 
-    def finished(self, records: Sequence[Record]) -> None:
+    def finished(self, batch: Sequence[Run], records: Sequence[Record]) -> None:
         with self._lock:
             self._ledger.add(records)
-            last = _describe(records)
+            last = _describe(batch[0], records)
             self._progress.update(
                 self._task,
                 completed=self._ledger.done()[1],
@@ -194,24 +228,12 @@ class _Board:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _describe(records: Sequence[Record]) -> str:
-    first = records[0]
-    names = ("problem", "init", "depth", "model", "norm", "data")
-    names += ("task", "numbers", "disturbance", "weight_decay", "arm")
-    what = " ".join(str(first[name]) for name in names if name in first)
+def _describe(first: Run, records: Sequence[Record]) -> str:
+    shown = first.settings.items()
+    what = " ".join(str(v) for k, v in shown if k not in ("preset", "optimizer"))
     error = float(np.median([runs.capped_error(record) for record in records]))
     failures = sum(record["failed"] for record in records)
     return (
-        f"{what}: {first['phase']}, median error {error:.3g}, "
+        f"{what}: {first.phase}, median error {error:.3g}, "
         f"{failures} of {len(records)} failed"
     )
-
-
-def origin() -> Record:
-    """Device, versions and date, for a record."""
-    return {
-        "device": figures.device_name(),
-        "jax": jax.__version__,
-        "stablegrad_optax": stablegrad_optax.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

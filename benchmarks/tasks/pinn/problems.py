@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from benchmarks.pinn.network import Derivatives, SecondOrder
-from benchmarks.pinn.references import (
+from benchmarks.tasks.pinn.network import Derivatives, SecondOrder
+from benchmarks.tasks.pinn.references import (
     ALLEN_CAHN_DIFFUSION,
     BURGERS_VISCOSITY,
     allen_cahn,

@@ -10,7 +10,7 @@ a bias (the last hidden biases already provide the constant), so 2 D + 1 leaves:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -72,6 +72,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], Bend]] = {
 class Network:
     """The shape of a perceptron and the law of its initial weights.
 
+    Networks of one shape are equal: programs are compiled for the shape alone.
+
     Attributes:
         depth: number of hidden layers, at least 1.
         width: units in each hidden layer.
@@ -85,8 +87,8 @@ class Network:
     depth: int = 32
     width: int = 32
     activation: str = "tanh"
-    initializer: str = "normal"
-    gain: float = 5 / 3
+    initializer: str = field(default="normal", compare=False)
+    gain: float = field(default=5 / 3, compare=False)
     inputs: int = 2
 
     def kernel_shape(self, layer: int) -> tuple[int, int]:

@@ -4,36 +4,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import stablegrad_optax
-
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 PALETTE = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000")
 LINE_STYLES = ("-", "--", "-.", "-", "--", "-.", ":")
 FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
-
-
-def provenance() -> str:
-    """Device and versions, for a footer or a record."""
-    return (
-        f"{device_name()}; jax {jax.__version__}, optax {optax.__version__}, "
-        f"stablegrad_optax {stablegrad_optax.__version__}"
-    )
-
-
-def device_name() -> str:
-    """What the numbers were computed on."""
-    device = jax.devices()[0]
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return f"{device.device_kind}{cores}"
 
 
 def error_curves(

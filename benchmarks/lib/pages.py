@@ -1,5 +1,6 @@
 """Writes the page of a suite, its tables and figures, from finished runs alone."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks import figures
-from benchmarks.runs import Record
-from benchmarks.summary import Scores, provenance, scores
+from benchmarks.lib import figures
+from benchmarks.lib.runs import Record
+from benchmarks.lib.suite import Choice, lowest_median
+from benchmarks.lib.summary import Scores, provenance, scores
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
 
@@ -38,7 +40,10 @@ class Page:
 
 
 def write(
-    page: Page, records: Sequence[Record], folder: Path, *, end: str = ""
+    page: Page,
+    records: Sequence[Record],
+    choice: Callable[[str], Choice],
+    folder: Path,
 ) -> list[Path]:
     """Write `<suite>.md` and, for each preset, its figures; returns their paths.
 
@@ -48,15 +53,16 @@ def write(
     Args:
         page: what to write.
         records: the lines of the suite's file.
+        choice: preset -> how its rates were chosen.
         folder: where to.
-        end: Markdown, the last of the page.
     """
     by_preset: dict[str, list[Record]] = {}
     for record in records:
         by_preset.setdefault(record["preset"], []).append(record)
     text, paths = [page.head], []
     for preset, of_preset in by_preset.items():
-        table = scores(of_preset, page.cell)
+        choose = choice(preset)
+        table = scores(of_preset, page.cell, choose)
         stem = f"{page.suite}_{preset}"
         drawn: list[Path] = []
         if table:
@@ -66,6 +72,7 @@ def write(
         parts = [
             f"\n## Preset {preset}\n",
             f"{len(of_preset)} runs, {page.count(table)}; {provenance(of_preset)}.\n",
+            "" if choose is lowest_median else f"{_rule(choose)}\n",
             page.summary(table),
             notes.read_text().strip() + "\n" if notes.exists() else "",
             *(f"![{path.stem}]({path.name})\n" for path in drawn),
@@ -73,9 +80,11 @@ def write(
         ]
         text.append("\n".join(part for part in parts if part))
         paths += drawn
-    if end:
-        text.append(end)
     markdown = folder / f"{page.suite}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))
     return [markdown, *paths]
+
+
+def _rule(choose: Choice) -> str:
+    return f"Rates are chosen by another rule. {inspect.getdoc(choose)}"

@@ -7,53 +7,90 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import figures
-from benchmarks.pages import Page
-from benchmarks.pinn.arms import ARMS
-from benchmarks.pinn.train import FAILURE_ERROR
-from benchmarks.runs import Record
-from benchmarks.summary import (
+from benchmarks.lib import figures
+from benchmarks.lib.arms import among, in_order, pairs
+from benchmarks.lib.pages import Page
+from benchmarks.lib.runs import Record
+from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
     complete,
-    in_order,
     markdown_table,
     regret,
     regret_table,
     versus_table,
 )
+from benchmarks.suites.pinn import ARMS
+from benchmarks.tasks.pinn.task import FAILURE_ERROR
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
 # The arms of the figures with lines; tables and the regret figure have all of them.
 FOCUS = (
-    "AdamW",
-    "AdamW b2=0.9",
-    "clip 1 + AdamW",
-    "StableGrad + AdamW",
-    "StableGrad + AdamW b2=0.9",
-    "StableGrad, probe on residuals",
-    "GradientStabilizer + AdamW",
+    "none | AdamW",
+    "none | AdamW b2=0.9",
+    "clip 1 | AdamW",
+    "StableGrad | AdamW",
+    "StableGrad | AdamW b2=0.9",
+    "StableGrad residuals | AdamW",
+    "GradientStabilizer | AdamW",
+)
+FOCUS_BEHIND = (
+    "none | Muon",
+    "clip 1 | Muon",
+    "unit norm | Muon",
+    "unit norm by leaf | Muon",
+    "StableGrad | Muon",
+    "GradientStabilizer | Muon",
+    "StableGrad | AdamW b2=0.9",
 )
 PAIRS = (
-    ("StableGrad + AdamW", "AdamW"),
-    ("StableGrad + AdamW", "clip 1 + AdamW"),
-    ("StableGrad + AdamW", "AdamW b2=0.9"),
-    ("StableGrad + AdamW", "StableGrad, biases untouched"),
-    ("StableGrad + AdamW", "StableGrad, probe on u"),
-    ("StableGrad + AdamW", "StableGrad, probe on residuals"),
-    ("StableGrad + AdamW b2=0.9", "AdamW"),
-    ("StableGrad + AdamW b2=0.9", "clip 1 + AdamW"),
-    ("StableGrad + AdamW b2=0.9", "AdamW b2=0.9"),
-    ("StableGrad + AdamW b2=0.9", "StableGrad b2=0.9, biases untouched"),
-    ("StableGrad + momentum", "clip 1 + momentum"),
-    ("GradientStabilizer + AdamW", "AdamW"),
-    ("GradientAutoscaled + AdamW", "AdamW"),
-    ("clip 1 + AdamW", "AdamW"),
-    ("AdamW b2=0.9", "AdamW"),
+    ("StableGrad | AdamW", "none | AdamW"),
+    ("StableGrad | AdamW", "clip 1 | AdamW"),
+    ("StableGrad | AdamW", "none | AdamW b2=0.9"),
+    ("StableGrad | AdamW", "StableGrad, biases untouched | AdamW"),
+    ("StableGrad | AdamW", "StableGrad field | AdamW"),
+    ("StableGrad | AdamW", "StableGrad residuals | AdamW"),
+    ("StableGrad | AdamW b2=0.9", "none | AdamW"),
+    ("StableGrad | AdamW b2=0.9", "clip 1 | AdamW"),
+    ("StableGrad | AdamW b2=0.9", "none | AdamW b2=0.9"),
+    ("StableGrad | AdamW b2=0.9", "StableGrad, biases untouched | AdamW b2=0.9"),
+    ("StableGrad | momentum", "clip 1 | momentum"),
+    ("GradientStabilizer | AdamW", "none | AdamW"),
+    ("GradientAutoscaled | AdamW", "none | AdamW"),
+    ("clip 1 | AdamW", "none | AdamW"),
+    ("none | AdamW b2=0.9", "none | AdamW"),
+    *(
+        ("StableGrad | Muon", other)
+        for other in (
+            "none | Muon",
+            "clip 1 | Muon",
+            "unit norm | Muon",
+            "unit norm by leaf | Muon",
+            "GradientStabilizer | Muon",
+            "StableGrad | AdamW b2=0.9",
+        )
+    ),
+    ("GradientStabilizer | Muon", "GradientStabilizer .7 .9 | Muon"),
+    ("none | Muon", "none | AdamW b2=0.9"),
 )
-HEAT_MAPS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
+HEAT_MAPS = pairs(["none"], ["AdamW", "AdamW b2=0.9"])
+HEAT_MAPS += pairs(["clip 1", "StableGrad"], ["AdamW"])
+HEAT_MAPS_BEHIND = pairs(
+    ["none", "clip 1", "unit norm by leaf", "StableGrad"], ["Muon"]
+)
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
+
+
+def _shown(table: Scores, *lists: Sequence[str]) -> list[str]:
+    """The arms of the first of these lists that any arm of the table is in."""
+    found = (among(table.values(), names) for names in lists)
+    return next((arms for arms in found if arms), [])
+
+
+def _focus(table: Scores) -> list[str]:
+    muon = any("none | Muon" in arms for arms in table.values())
+    return _shown(table, FOCUS_BEHIND if muon else FOCUS)
 
 
 # Markdown
@@ -61,7 +98,7 @@ NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
 _HEAD = f"""\
 # Physics-informed networks
 
-Written by `python -m benchmarks.report pinn` from `pinn.jsonl`; not edited by hand.
+Written by `python -m benchmarks report pinn` from `pinn.jsonl`; not edited by hand.
 
 Relative L2 errors after the last step. A run fails if its error is above \
 {FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set \
@@ -162,7 +199,7 @@ def _depth_figure(table: Scores) -> Figure:
     order = [name for name in names if len(panels[name]) > 1] or names
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
-    arms = in_order(table.values(), FOCUS)
+    arms = _focus(table)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
@@ -224,7 +261,7 @@ def _depth_panel(
 
 def _curves_figure(table: Scores) -> Figure:
     """Error against step and against wall-clock in the first cells."""
-    cells, arms = list(table)[:NUM_SHOWN], in_order(table.values(), FOCUS)
+    cells, arms = list(table)[:NUM_SHOWN], _focus(table)
     figure, axes = plt.subplots(
         len(cells),
         2,
@@ -260,7 +297,7 @@ def _curves_figure(table: Scores) -> Figure:
 
 def _layers_figure(table: Scores) -> Figure | None:
     """Layer x step maps of the gradient's scale in the first cells, one seed."""
-    arms = in_order(table.values(), HEAT_MAPS)
+    arms = _shown(table, HEAT_MAPS_BEHIND, HEAT_MAPS)
     cells = [
         cell
         for cell in list(table)[:NUM_SHOWN]

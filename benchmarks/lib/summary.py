@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from benchmarks.runs import Record, capped_error, choose_learning_rate
+from benchmarks.lib.arms import SEPARATOR
+from benchmarks.lib.runs import Record, capped_error
+from benchmarks.lib.suite import Choice, lowest_median
 
 Cell = tuple[str | int, ...]
 
@@ -50,8 +52,12 @@ class Score:
 Scores = dict[Cell, dict[str, Score]]  # cell -> arm -> score
 
 
-def scores(records: Iterable[Record], names: Sequence[str]) -> Scores:
+def scores(
+    records: Iterable[Record], names: Sequence[str], choose: Choice = lowest_median
+) -> Scores:
     """The reported runs, by cell and arm, in the order of the file.
+
+    Where the optimizer belongs to the cell an arm's name is that of its treatment.
 
     Where an arm's rate is tuned only the runs at the rate that is chosen count: a file
     keeps those of an earlier, smaller set of rates.
@@ -59,17 +65,21 @@ def scores(records: Iterable[Record], names: Sequence[str]) -> Scores:
     Args:
         records: the lines of a results file.
         names: the settings that make a cell.
+        choose: how rates were chosen.
     """
     tuned: dict[tuple[Cell, str], list[Record]] = {}
     reported: dict[tuple[Cell, str], list[Record]] = {}
     for record in records:
-        key = tuple(record[name] for name in names), record["arm"]
+        arm = record["arm"]
+        if "optimizer" in names:
+            arm, _, _ = arm.partition(SEPARATOR)
+        key = tuple(record[name] for name in names), arm
         by_phase = tuned if record["phase"] == "tuning" else reported
         by_phase.setdefault(key, []).append(record)
     table: Scores = {}
     for (cell, arm), runs in reported.items():
         if of_tuning := tuned.get((cell, arm)):
-            rate = choose_learning_rate(of_tuning)
+            rate = choose(of_tuning)
             runs = [run for run in runs if run["learning_rate"] == rate]
         if runs:
             table.setdefault(cell, {})[arm] = Score(tuple(runs))
@@ -176,14 +186,6 @@ def provenance(records: Sequence[Record]) -> str:
     )
 
 
-def in_order(
-    columns: Iterable[Mapping[str, object]], order: Iterable[str]
-) -> list[str]:
-    """The arms that some column has."""
-    there = {arm for column in columns for arm in column}
-    return [arm for arm in order if arm in there]
-
-
 def regret_table(
     regrets: Sequence[Regret],
     cells: str,
@@ -253,7 +255,7 @@ def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
         p = stats.fisher_exact([failed, runs - failed]).pvalue
         rows.append(
             [
-                " against ".join(pair),
+                *pair,
                 f"{np.sum(ratios < 1)} of {len(ratios)}",
                 f"{np.median(ratios):.2f}",
                 f"{failed[0]} of {runs[0]} against {failed[1]} of {runs[1]}",
@@ -261,16 +263,21 @@ def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
             ]
         )
     head = [
-        "one arm against another",
+        "one arm",
+        "against",
         "cells in which its error is lower",
         "median ratio of the errors",
         "failed runs",
         "Fisher's p",
     ]
-    return markdown_table(head, rows) if rows else ""
+    return markdown_table(head, rows, num_names=2) if rows else ""
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Its first column is left-aligned, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1
+) -> str:
+    """Its first columns are names and left-aligned, the others numbers."""
+    num_numbers = len(head) - num_names
+    lines = [head, ["---"] * num_names + ["---:"] * num_numbers, *rows]
+    escaped = [[entry.replace("|", "\\|") for entry in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
