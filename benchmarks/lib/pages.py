@@ -28,6 +28,7 @@ class Page:
         summary: Markdown; stands before the notes and the figures of a preset.
         figures: name -> what draws one of a preset, or finds nothing to draw.
         tables: Markdown; stands behind them.
+        times: the lines of `time` -> Markdown, the last of the page.
     """
 
     suite: str
@@ -37,6 +38,7 @@ class Page:
     summary: Callable[[Scores], str]
     figures: Mapping[str, Callable[[Scores], Figure | None]]
     tables: Callable[[Scores], str]
+    times: Callable[[Sequence[Record]], str] | None = None
 
 
 def write(
@@ -57,8 +59,10 @@ def write(
         folder: where to.
     """
     by_preset: dict[str, list[Record]] = {}
+    times = [record for record in records if record["phase"] == "timing"]
     for record in records:
-        by_preset.setdefault(record["preset"], []).append(record)
+        if record["phase"] != "timing":
+            by_preset.setdefault(record["preset"], []).append(record)
     text, paths = [page.head], []
     for preset, of_preset in by_preset.items():
         choose = choice(preset)
@@ -80,6 +84,8 @@ def write(
         ]
         text.append("\n".join(part for part in parts if part))
         paths += drawn
+    if times and page.times is not None:
+        text.append(page.times(times))
     markdown = folder / f"{page.suite}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))

@@ -215,41 +215,70 @@ def curves_of(
 def moments(
     trainings: Sequence[Training], rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[Moment]:
-    """Train runs side by side, and stop at every record.
+    """Train runs side by side, and stop at every record; arguments as of `Batch`."""
+    batch = Batch(trainings, rates, seeds)
+    for stop in trainings[0].recorded:
+        begin, done = time.perf_counter(), batch.step
+        batch.advance(stop)
+        seconds = time.perf_counter() - begin
+        yield batch.moment(1e3 * seconds / (stop - done) / len(seeds))
+
+
+class Batch:
+    """Runs side by side.
 
     Args:
         trainings: one a run; all but `Task.init` is the first one's.
         rates: the highest of each run.
         seeds: of each run's weights and batches.
     """
-    task, rule, held_out = (
-        trainings[0].task,
-        trainings[0].rule,
-        trainings[0].held_out,
-    )
-    roots = [jax.random.key(seed) for seed in seeds]
-    params, states = _stack(
-        t.task.init(key) for t, key in zip(trainings, roots, strict=True)
-    )
-    keys = jnp.stack([jax.random.split(key)[1] for key in roots])
-    of_rates = jnp.array(rates, jnp.float32)
-    opt_states = _init(rule, of_rates, params)
-    done = 0
-    for stop in trainings[0].recorded:
-        begin = time.perf_counter()
-        for step in range(done, stop):
-            found = _gradient(task, params, states, keys, np.int32(step))
-            params, opt_states = _update(
-                rule, of_rates, params, opt_states, found.grads, found.probes
+
+    def __init__(
+        self,
+        trainings: Sequence[Training],
+        rates: Sequence[float],
+        seeds: Sequence[int],
+    ):
+        self.step = 0  # updates done
+        self._training = trainings[0]
+        roots = [jax.random.key(seed) for seed in seeds]
+        self._params, self._states = _stack(
+            t.task.init(key) for t, key in zip(trainings, roots, strict=True)
+        )
+        self._keys = jnp.stack([jax.random.split(key)[1] for key in roots])
+        self._rates = jnp.array(rates, jnp.float32)
+        self._opt_states = _init(self._training.rule, self._rates, self._params)
+        self._found: Gradient | None = None  # of the last step
+
+    def advance(self, stop: int) -> None:
+        """Train until so many updates are done, and wait for them."""
+        task, rule = self._training.task, self._training.rule
+        for step in range(self.step, stop):
+            self._found = found = _gradient(
+                task, self._params, self._states, self._keys, np.int32(step)
             )
-            states = found.state
-        jax.block_until_ready(params)
-        seconds = time.perf_counter() - begin
-        measured = _measure(task, params, states, held_out, found.grads)
-        scores, stds, loss = jax.device_get((*measured, found.loss))
-        ms_per_step = 1e3 * seconds / (stop - done) / len(seeds)
-        done = stop
-        yield Moment(stop, params, opt_states, scores, loss, stds, ms_per_step)
+            self._params, self._opt_states = _update(
+                rule,
+                self._rates,
+                self._params,
+                self._opt_states,
+                found.grads,
+                found.probes,
+            )
+            self._states = found.state
+        self.step = stop
+        jax.block_until_ready(self._params)
+
+    def moment(self, ms_per_step: float) -> Moment:
+        """What a record is made of."""
+        task, held_out = self._training.task, self._training.held_out
+        measured = _measure(
+            task, self._params, self._states, held_out, self._found.grads
+        )
+        scores, stds, loss = jax.device_get((*measured, self._found.loss))
+        return Moment(
+            self.step, self._params, self._opt_states, scores, loss, stds, ms_per_step
+        )
 
 
 def _stack(trees: Iterable[PyTree]) -> PyTree:

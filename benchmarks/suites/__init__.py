@@ -11,7 +11,7 @@ from benchmarks.lib.suite import Suite
 if TYPE_CHECKING:  # which imports matplotlib
     from benchmarks.lib.pages import Page
 
-NAMES = ("pinn",)
+NAMES = ("pinn", "vision", "spikes")
 
 
 def load(name: str) -> Suite:

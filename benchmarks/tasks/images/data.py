@@ -1,11 +1,12 @@
 """Labelled images, split once and for all into training, validation and test.
 
 Learning rates are chosen on the validation images; the test images score the reported
-runs alone. Nothing is downloaded but by `cifar10` and `cifar100`.
+runs alone. Nothing is downloaded.
 """
 
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Split = Literal["train", "validation", "test"]
-HUB = "the Hugging Face hub"
+FOLDER = "STABLEGRAD_DATA"  # names the folder of what no package installs
 
 
 class Images(NamedTuple):
@@ -48,21 +49,17 @@ class Data:
         return 1.5 / self.num_classes
 
 
-def load(name: str, folder: Path | None = None) -> Data:
+@cache
+def load(name: str) -> Data:
     """A data set of `DATASETS`.
-
-    Args:
-        name: which.
-        folder: holds `mnist.npz` and `cifar10_jpeg_full.npz`, itself or one below it.
 
     Raises:
         ValueError: in one line, where the data cannot be had.
     """
-    return DATASETS[name](folder)
+    return DATASETS[name]()
 
 
-@cache
-def _digits(folder: Path | None) -> Data:
+def _digits() -> Data:
     """1797 images of 8x8: 1197 to train, 200 to validate, 400 to test."""
     from sklearn.datasets import load_digits
 
@@ -73,16 +70,7 @@ def _digits(folder: Path | None) -> Data:
     return Data("digits", splits, num_classes=10)
 
 
-@cache
-def _mnist(folder: Path | None) -> Data:
-    with np.load(_find(folder, "mnist.npz", "mnist")) as file:
-        train = _images(file["x_train"][..., None], file["y_train"])
-        test = _images(file["x_test"][..., None], file["y_test"])
-    return _published("mnist", train, test, padding=2, flip=False)
-
-
-@cache
-def _cifar10_jpeg(folder: Path | None) -> Data:
+def _cifar10_jpeg() -> Data:
     """CIFAR-10 from lossy JPEG files: not to be compared with CIFAR-10 itself."""
     from PIL import Image
 
@@ -91,7 +79,7 @@ def _cifar10_jpeg(folder: Path | None) -> Data:
             scan = scans[begin:end].tobytes()
             yield np.asarray(Image.open(io.BytesIO(header + scan)))
 
-    with np.load(_find(folder, "cifar10_jpeg_full.npz", "CIFAR-10 (JPEG)")) as file:
+    with np.load(_find("cifar10_jpeg_full.npz")) as file:
         header = file["header"].tobytes()
         train, test = (
             _images(
@@ -100,44 +88,9 @@ def _cifar10_jpeg(folder: Path | None) -> Data:
             )
             for s in ("train", "test")
         )
-    return _published("cifar10-jpeg", train, test, padding=4, flip=True)
-
-
-@cache
-def _from_hub(name: str, column: str, label: str, folder: Path | None) -> Data:
-    """CIFAR by the `datasets` library; what it has fetched once stays in its cache."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{name} needs the datasets library: pip install datasets"
-        ) from None
-    try:
-        both = datasets.load_dataset(f"uoft-cs/{name}")
-    except Exception as error:  # the library raises many kinds, of others' making
-        cause = type(error).__name__
-        raise ValueError(
-            f"{name} could not be fetched from {HUB} ({cause}); digits needs no "
-            "network, cifar10-jpeg and mnist need --data-dir alone"
-        ) from None
-    train, test = (
-        _images(
-            np.stack([np.asarray(image) for image in both[split][column]]),
-            np.asarray(both[split][label]),
-        )
-        for split in ("train", "test")
-    )
-    return _published(name, train, test, padding=4, flip=True)
-
-
-def _published(
-    name: str, train: Images, test: Images, *, padding: int, flip: bool
-) -> Data:
-    """A set that comes with a test split: 5000 training images validate."""
     validation, rest = _cut(train, 5000)
     splits = {"train": rest, "validation": validation, "test": _cut(test)[0]}
-    num_classes = int(train.labels.max()) + 1
-    return Data(name, splits, num_classes, padding, flip)
+    return Data("cifar10-jpeg", splits, num_classes=10, padding=4, flip=True)
 
 
 def _images(pixels: np.ndarray, labels: np.ndarray) -> Images:
@@ -151,22 +104,20 @@ def _cut(images: Images, *sizes: int) -> list[Images]:
     return [Images(images.pixels[part], images.labels[part]) for part in parts]
 
 
-def _find(folder: Path | None, file: str, name: str) -> Path:
+def _find(file: str) -> Path:
+    folder = os.environ.get(FOLDER)
     if folder is None:
-        raise ValueError(f"{name} needs --data-dir, the folder of {file}")
-    for path in (folder / file, *sorted(folder.glob(f"*/{file}"))):
+        raise ValueError(f"${FOLDER} must name the folder that holds {file}")
+    for path in (Path(folder) / file, *sorted(Path(folder).glob(f"*/{file}"))):
         if path.is_file():
             return path
     raise ValueError(
-        f"--data-dir must hold {file}, itself or one folder below; got {folder}"
+        f"${FOLDER} must hold {file}, itself or one folder below; it is {folder}"
     )
 
 
-# name in the results -> what loads it from --data-dir
-DATASETS: dict[str, Callable[[Path | None], Data]] = {
+# name in the results -> what loads it
+DATASETS: dict[str, Callable[[], Data]] = {
     "digits": _digits,
-    "mnist": _mnist,
     "cifar10-jpeg": _cifar10_jpeg,
-    "cifar10": lambda folder: _from_hub("cifar10", "img", "label", None),
-    "cifar100": lambda folder: _from_hub("cifar100", "img", "fine_label", None),
 }

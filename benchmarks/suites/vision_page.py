@@ -1,7 +1,6 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,18 +8,19 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from benchmarks import figures, pages
-from benchmarks.runs import Record
-from benchmarks.summary import (
+from benchmarks.lib import figures
+from benchmarks.lib.arms import SEPARATOR, among, in_order
+from benchmarks.lib.pages import Page
+from benchmarks.lib.runs import Record
+from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
-    in_order,
     markdown_table,
     regret,
     regret_table,
 )
-from benchmarks.vision.arms import ARMS
+from benchmarks.suites.vision import TREATMENTS
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
 CHANCE = {"cifar100": 1.0}  # per cent; 10 where a data set is not named
@@ -29,12 +29,12 @@ FOCUS = (
     "none",
     "clip 1",
     "AGC 0.01",
-    "StableGrad, constant 0.01",
-    "StableGrad, prediction",
-    "StableGrad, weights only",
+    "StableGrad 0.01",
+    "StableGrad prediction",
+    "StableGrad 0.01, biases untouched",
     "GradientAutoscaled",
 )
-HISTOGRAMS = ("none", "clip 1", "StableGrad, constant 0.01")
+HISTOGRAMS = ("none", "clip 1", "StableGrad 0.01")
 NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
 
 
@@ -43,7 +43,7 @@ NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
 _HEAD = """\
 # Image classifiers with BatchNorm and without
 
-Written by `python -m benchmarks.report vision` from `vision.jsonl`; not edited by hand.
+Written by `python -m benchmarks report vision` from `vision.jsonl`; not edited by hand.
 
 Accuracies on test images after the last step. A run fails if its accuracy is not \
 above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
@@ -51,7 +51,7 @@ is "tuned", each arm's is the one of its fixed set with the lowest median error 
 over the tuning seeds on validation images, failures last; else all arms have the rate \
 that is named, in their own scale: under momentum 0.03 times it for the two \
 "prediction" arms, 0.01 times it for "z-score", whose gradients are larger by as much. \
-"constant" and "weights only" have the reference 0.01; "prediction" is the \
+"0.01" is the constant reference; "prediction" is the \
 prediction's gradient per example; "mean removal" is Gradient Autoscaled \
 Normalization without its factor. All arms have equal steps, initial weights and \
 batches; float32; 5 % warm-up, then a half cosine to 0.
@@ -80,7 +80,7 @@ def _accuracy_tables(table: Scores) -> str:
     parts = []
     for (data, norm), cells in blocks.items():
         columns = [table[cell] for cell in cells]
-        arms = in_order(columns, ARMS)
+        arms = in_order(columns, TREATMENTS)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
         parts.append(
             f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
@@ -125,8 +125,9 @@ def _times_section(records: Sequence[Record]) -> str:
     columns: dict[Cell, dict[str, Record]] = {}
     for record in records:
         cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
-        columns.setdefault(cell, {})[record["arm"]] = record
-    arms = in_order(columns.values(), ARMS)
+        treatment, _, _ = record["arm"].partition(SEPARATOR)
+        columns.setdefault(cell, {})[treatment] = record
+    arms = in_order(columns.values(), TREATMENTS)
     rows = [
         [
             arm,
@@ -172,7 +173,7 @@ def _failure_percent(cell: Cell) -> float:
 
 def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
-    arms = in_order(table.values(), ARMS)
+    arms = in_order(table.values(), TREATMENTS)
     figure, axes = figures.panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for row, arm in enumerate(arms):
@@ -196,7 +197,7 @@ def _accuracy_figure(table: Scores) -> Figure:
 
 def _curves_figure(table: Scores) -> Figure:
     """Accuracy against step in all cells."""
-    arms = in_order(table.values(), FOCUS)
+    arms = among(table.values(), FOCUS)
     figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         for arm in arms:
@@ -224,7 +225,7 @@ def _curves_figure(table: Scores) -> Figure:
 
 def _gradients_figure(table: Scores) -> Figure | None:
     """Histograms over kernels of the gradient's std, by step, in the first cells."""
-    arms = in_order(table.values(), HISTOGRAMS)
+    arms = among(table.values(), HISTOGRAMS)
     cells = [c for c in table if all(arm in table[c] for arm in arms)][:NUM_HISTOGRAMS]
     if not cells or not arms:
         return None
@@ -299,7 +300,7 @@ def _histogram(ax: Axes, score: Score) -> QuadMesh:
     return mesh
 
 
-PAGE = pages.Page(
+PAGE = Page(
     "vision",
     _HEAD,
     CELL,
@@ -311,11 +312,5 @@ PAGE = pages.Page(
         "gradients": _gradients_figure,
     },
     _accuracy_tables,
+    _times_section,
 )
-
-
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """`benchmarks.pages.write`, with the times of `benchmarks.vision.times`."""
-    runs = [record for record in records if record["phase"] != "timing"]
-    times = [record for record in records if record["phase"] == "timing"]
-    return pages.write(PAGE, runs, folder, end=_times_section(times) if times else "")

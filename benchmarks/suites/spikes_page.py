@@ -9,21 +9,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from benchmarks import figures
-from benchmarks.pages import Page
-from benchmarks.runs import capped_error
-from benchmarks.spikes.arms import ARMS
-from benchmarks.spikes.disturbances import DISTURBANCES
-from benchmarks.spikes.models import NUMBERS
-from benchmarks.summary import (
+from benchmarks.lib import figures
+from benchmarks.lib.arms import in_order
+from benchmarks.lib.pages import Page
+from benchmarks.lib.runs import capped_error
+from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
-    in_order,
     markdown_table,
     regret,
     regret_table,
 )
+from benchmarks.suites.spikes import TREATMENTS
+from benchmarks.tasks.disturbances import DISTURBANCES
+from benchmarks.tasks.sequences.models import NUMBERS
 
 CELL = (
     "task",
@@ -137,7 +137,7 @@ def _title(cell: Cell) -> str:
 _HEAD = """\
 # Spikes, low precision, corrupted inputs and decay in the gradient
 
-Written by `python -m benchmarks.report spikes` from `spikes.jsonl`; not edited by hand.
+Written by `python -m benchmarks report spikes` from `spikes.jsonl`; not edited by hand.
 
 Tasks, all of data that is installed with Python, statsmodels and scikit-learn: \
 `lm`, a decoder-only transformer, bytes of the standard library's source; \
@@ -189,7 +189,7 @@ def _excess_tables(table: Scores) -> str:
         }
         rows = [
             [arm, *(_excess_entry(table[c], cells[c], arm) for c in cells)]
-            for arm in in_order(cells.values(), ARMS)
+            for arm in in_order(cells.values(), TREATMENTS)
         ]
         of_cell = _named(next(iter(cells)))
         head = ["arm", *(str(_named(cell)["disturbance"]) for cell in cells)]
@@ -218,7 +218,7 @@ def _sweep_tables(table: Scores) -> str:
     for cell, by_rate in _sweeps(table).items():
         rows = [
             [arm, *(_entry(column, arm) for column in by_rate.values())]
-            for arm in in_order(by_rate.values(), ARMS)
+            for arm in in_order(by_rate.values(), TREATMENTS)
         ]
         parts.append(
             f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
@@ -235,7 +235,7 @@ def _compared_tables(table: Scores) -> str:
         columns = {cell: arms for cell, arms in compared.items() if cell[0] == task}
         rows = [
             [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
-            for arm in in_order(columns.values(), ARMS)
+            for arm in in_order(columns.values(), TREATMENTS)
         ]
         parts.append(
             f"### {task}, at tuned rates\n\nMedian error [lowest, highest seed] "
@@ -276,7 +276,7 @@ def _rates_figure(table: Scores) -> Figure | None:
     if not sweeps:
         return None
     columns = (column for rates in sweeps.values() for column in rates.values())
-    arms = in_order(columns, ARMS)
+    arms = in_order(columns, TREATMENTS)
     figure, axes = plt.subplots(
         1,
         len(sweeps),
@@ -327,7 +327,7 @@ def _recovery_figure(table: Scores) -> Figure | None:
     excess = _excess(table)
     if not excess:
         return None
-    arms = in_order(excess.values(), ARMS)
+    arms = in_order(excess.values(), TREATMENTS)
     figure, axes = figures.panels(len(excess), 0.9 + 0.24 * len(arms), sharey=True)
     ceiling = 30.0  # losses that are not a number are drawn there
     for ax, (cell, column) in zip(axes, excess.items(), strict=True):
@@ -370,7 +370,7 @@ def _errors_figure(table: Scores) -> Figure | None:
     compared = _compared(table)
     if not compared:
         return None
-    arms = in_order(compared.values(), ARMS)
+    arms = in_order(compared.values(), TREATMENTS)
     limits = {str(cell[0]): _limits(compared, cell[0]) for cell in compared}
     figure, axes = figures.panels(len(compared), 0.9 + 0.19 * len(arms), sharey=True)
     for ax, (cell, column) in zip(axes, compared.items(), strict=True):
