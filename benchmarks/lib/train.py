@@ -193,7 +193,8 @@ def curves_of(
     """The curves of every run of a batch."""
     of_batch, num_params = [], 0
     for moment in moments:
-        num_params = sum(leaf[0].size for leaf in jax.tree.leaves(moment.params))
+        leaves = jax.tree.leaves(moment.params)
+        num_params = sum(leaf.size // len(leaf) for leaf in leaves)
         of_batch.append(moment._replace(params=None, opt_states=None))
         tick()
     return [
@@ -331,23 +332,18 @@ def _measure(
         lambda run: task.score(*run, held_out), (params, states)
     )
     # Pools one leaf alone: a std that no square takes out of single precision.
-    stds = [jax.vmap(prediction_grad_std)(g) for g in _kernels(grads).values()]
+    stds = [jax.vmap(prediction_grad_std)(g) for g in kernels(grads, axes=3).values()]
     return scores, jnp.stack(stds, -1)
 
 
-def kernel_names(params: PyTree) -> list[str]:
-    """The leaves that `Moment.stds` is of, from the input on."""
-    return list(_kernels(params))
-
-
-def _kernels(stacked: PyTree) -> dict[str, jax.Array]:
-    """The leaves of two axes or more of one run, in the order of their layers."""
-    kernels = {
+def kernels(tree: PyTree, *, axes: int = 2) -> dict[str, jax.Array]:
+    """The leaves of so many axes or more, in the order of their layers."""
+    found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(stacked)
-        if leaf.ndim > 2
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if leaf.ndim >= axes
     }
-    return {name: kernels[name] for name in sorted(kernels, key=_natural)}
+    return {name: found[name] for name in sorted(found, key=_natural)}
 
 
 def _natural(name: str) -> list[str | int]:

@@ -114,7 +114,8 @@ def read_burgers(path: Path) -> ReferenceFile:
         raise ValueError(f"there is no file {path}")
     try:
         content = scipy.io.loadmat(path)
-        x, t, values = content["x"].ravel(), content["t"].ravel(), content["usol"]
+        x, t, values = (np.asarray(content[k], float) for k in ("x", "t", "usol"))
+        x, t = x.ravel(), t.ravel()
     except Exception as error:  # loadmat has no common class for what it raises
         raise ValueError(
             f"{path} is not a MATLAB file with the arrays x, t and usol ({error})"
@@ -124,4 +125,6 @@ def read_burgers(path: Path) -> ReferenceFile:
             f"{path}: usol must have the shape (x, t) = {(len(x), len(t))}, "
             f"got {values.shape}"
         )
+    if not all(np.isfinite(array).all() for array in (x, t, values)):
+        raise ValueError(f"{path}: x, t and usol must be finite numbers")
     return ReferenceFile(x, t, values)
