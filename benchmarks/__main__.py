@@ -56,6 +56,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Time:
+    """Time a training step of every arm over that of no treatment, in one process.
+
+    The arms have their turns in every round, so that a disturbance of the machine meets
+    all of them. `report` makes the table of the lines that this adds to the results.
+    """
+
+    suite: tyro.conf.Positional[Name]
+    """Whose arms."""
+
+    rounds: int = 21
+    """How often each arm has its turn, at least 1."""
+
+    results: Path | None = None
+    """Where the lines go; by default benchmarks/results/<suite>.jsonl."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Make the tables and figures of a suite from its finished runs alone.
 
@@ -72,9 +90,11 @@ class Report:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    options = parse(Run | Report, args, prog=PROG, description=__doc__)
+    options = parse(Run | Report | Time, args, prog=PROG, description=__doc__)
     if isinstance(options, Report):
         return report(options)
+    if isinstance(options, Time):
+        return time(options, suites.load(options.suite))
     if options.list:
         Console().print(overview())
         return 0
@@ -144,4 +164,40 @@ def report(options: Report) -> int:
         fail(prog, str(error))
     for file in written:
         print(file)
+    return 0
+
+
+def time(options: Time, suite: Suite) -> int:
+    """Time all arms of the suite's `timed` cells."""
+    from benchmarks.lib.machine import origin
+    from benchmarks.lib.timing import time_trainings
+
+    prog = f"{PROG} time {suite.name}"
+    if options.rounds < 1:
+        fail(prog, f"--rounds must be at least 1, got {options.rounds}")
+    if not suite.timed:
+        fail(prog, f"the suite {suite.name} has no step that is timed")
+    path, console = options.results or runs.RESULTS / f"{suite.name}.jsonl", Console()
+    for cell in suite.timed:
+        trainings = {
+            settings["arm"]: suite.training(settings, "reported") for settings in cell
+        }
+        times = time_trainings(
+            trainings, options.rounds, baseline=next(iter(trainings))
+        )
+        records = [
+            {
+                **settings,
+                "phase": "timing",
+                **times[settings["arm"]].record(),
+                **origin(),
+            }
+            for settings in cell
+        ]
+        try:
+            runs.append(path, records)
+        except OSError as error:
+            fail(prog, str(error))
+        for record in records:
+            console.print(f"{record['arm']}: {record['ratio']:.3f}", highlight=False)
     return 0

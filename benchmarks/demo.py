@@ -17,11 +17,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")  # the demo saves its figure and opens no window
@@ -56,7 +54,7 @@ from benchmarks.tasks.pinn.task import (
     Pinn,
     evaluation,
     failed,
-    grid,
+    predict,
 )
 
 PROG = "python -m benchmarks.demo"
@@ -276,13 +274,6 @@ def _rows(
     return rows
 
 
-def predict(
-    network: Network, params: object, axes: tuple[np.ndarray, np.ndarray]
-) -> np.ndarray:
-    """The solution f[n0, n1] on the grid of two axes."""
-    return np.asarray(jax.jit(partial(network.apply, params))(grid(axes)))
-
-
 def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -> Table:
     table = Table(
         caption=f"error: relative L2; failed: above {FAILURE_ERROR} or not a number"
@@ -374,8 +365,8 @@ def _figure(
     figure.supxlabel(
         f"{network.depth} hidden layers of {network.width} {network.activation} units, "
         f"gain {network.gain:.3g}, learning rate {options.learning_rate:g} (cosine to "
-        f"0), seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one colour "
-        f"scale.\n{provenance()}",
+        f"0), seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one "
+        f"colour scale.\n{provenance()}",
         fontsize=9,
         color="0.3",
     )

@@ -167,7 +167,8 @@ class Suite:
             line, where data is missing.
         keep: (run, its curves) -> what its line holds beside the settings: `error`,
             `failed` and more.
-        timed: settings of the trainings whose step `time` measures, for each arm.
+        timed: cells whose training step `time` measures: the settings of every arm, the
+            one that the others are compared with first.
     """
 
     name: str
@@ -175,7 +176,7 @@ class Suite:
     presets: Mapping[str, Preset]
     training: Callable[[Settings, Phase], Training]
     keep: Callable[[Run, Curves], Record]
-    timed: tuple[Settings, ...] = ()
+    timed: tuple[tuple[Settings, ...], ...] = ()
 
     def choice(self, preset: str) -> Choice:
         """How the rates of a preset's lines were chosen."""

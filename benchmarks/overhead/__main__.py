@@ -19,11 +19,11 @@ matplotlib.use("Agg")  # figures are saved, no window opens
 
 from rich.console import Console
 
-from benchmarks.command_line import fail, parse
+from benchmarks.lib.command_line import fail, parse
+from benchmarks.lib.runs import RESULTS
 from benchmarks.overhead import report
 from benchmarks.overhead.arms import ARMS, BASELINE, LEFT_OUT, OURS
 from benchmarks.overhead.suite import COMPILED, Record, Suite
-from benchmarks.runs import RESULTS
 
 PROG = "python -m benchmarks.overhead"
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks import figures
+from benchmarks.lib import figures
 from benchmarks.overhead import trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
 from benchmarks.overhead.suite import Key, Record, key_of

@@ -275,8 +275,10 @@ SUITE = Suite(
     training,
     keep,
     timed=tuple(
-        entry.settings
+        tuple(
+            entry.settings
+            for (entry,) in _groups("timing", "ResNet-56", 8, optimizer=optimizer)
+        )
         for optimizer in ("momentum", "AdamW")
-        for (entry,) in _groups("timing", "ResNet-56", 8, optimizer=optimizer)
     ),
 )

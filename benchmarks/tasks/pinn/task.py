@@ -84,3 +84,10 @@ def evaluation(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 def grid(axes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The points f32[n0, n1, 2] of two axes."""
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).astype(np.float32)
+
+
+def predict(
+    network: Network, params: Params, axes: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """The solution f[n0, n1] on the grid of two axes."""
+    return np.asarray(jax.jit(network.apply)(params, grid(axes)))
