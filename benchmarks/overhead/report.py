@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks import figures
+from benchmarks.lib import figures
 from benchmarks.overhead import compiled_tables, tables
 from benchmarks.overhead.drawing import compiled_figure, figure
 from benchmarks.overhead.suite import Key, Record, key_of
