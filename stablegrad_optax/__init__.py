@@ -9,6 +9,8 @@ from stablegrad_optax._autoscaled import (
     GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
+from stablegrad_optax._compare import compare_optimizers, default_optimizers
+from stablegrad_optax._comparison import Comparison, OptimizerRuns
 from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._prediction import (
@@ -23,12 +25,16 @@ from stablegrad_optax._stabilizer import (
 from stablegrad_optax._stablegrad import StableGradState, stablegrad
 
 __all__ = [
+    "Comparison",
     "GradientAutoscaledNormalizationState",
     "GradientReport",
     "GradientStabilizerState",
     "LeafReport",
+    "OptimizerRuns",
     "StableGradState",
     "activation_aware_normal",
+    "compare_optimizers",
+    "default_optimizers",
     "effective_kernel",
     "effective_kernel_operator",
     "gradient_autoscaled_normalization",
