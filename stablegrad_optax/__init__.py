@@ -11,12 +11,12 @@ from stablegrad_optax._autoscaled import (
 )
 from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
-from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
+from stablegrad_optax._readings import health, scale_factors
 from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
@@ -40,6 +40,7 @@ __all__ = [
     "gradient_autoscaled_normalization",
     "gradient_report",
     "gradient_stabilizer",
+    "health",
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
