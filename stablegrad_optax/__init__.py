@@ -17,7 +17,8 @@ from stablegrad_optax._prediction import (
     value_and_grad_with_prediction_std,
 )
 from stablegrad_optax._readings import health, scale_factors
-from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
+from stablegrad_optax._report import GradientReport, gradient_report
+from stablegrad_optax._report_measure import History, LeafReport
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
     gradient_stabilizer,
@@ -29,6 +30,7 @@ __all__ = [
     "GradientAutoscaledNormalizationState",
     "GradientReport",
     "GradientStabilizerState",
+    "History",
     "LeafReport",
     "OptimizerRuns",
     "StableGradState",

@@ -227,7 +227,7 @@ def compare_optimizers(
     if not isinstance(key, jax.Array):
         raise ValueError(f"key must be a key of jax.random; got {key!r}.")
 
-    problem = Problem(loss_fn, init, sample, score, steps)
+    problem = Problem(loss_fn, init, sample, score, failure_score, steps)
     problem.require_finite_start(jax.random.split(key, num_tuning_seeds))
     is_tuned = len(rates) > 1
     grid = [(rate, seed) for rate in rates for seed in range(num_tuning_seeds)]
@@ -248,10 +248,7 @@ def compare_optimizers(
             if callback is not None:
                 callback(done, total, trainer.name)
 
-        scores, starts, is_finite, losses = trainer(runs, tick)
-        limits = starts if failure_score is None else failure_score
-        fine = is_finite & np.isfinite(scores) & (scores < limits)
-        return np.where(fine, scores.astype(np.float64), np.inf), losses
+        return trainer(runs, tick)
 
     results = []
     for trainer in trainers:

@@ -88,7 +88,8 @@ def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf
 def is_weight_by_default(leaf: Leaf) -> bool:
     """Whether each slice is floating, has at least two axes and two elements."""
     num_axes = len(leaf.shape) - leaf.num_stacked
-    return leaf.is_floating and num_axes >= 2 and leaf.slice_size > 1
+    is_bias = leaf.name.rpartition("/")[2] == "bias"
+    return leaf.is_floating and num_axes >= 2 and leaf.slice_size > 1 and not is_bias
 
 
 def choose(

@@ -30,6 +30,7 @@ class Problem:
     init: Callable[[jax.Array], PyTree]
     sample: Callable[[jax.Array], Any] | PyTree
     score: Callable[[PyTree], jax.Array] | None
+    failure_score: float | None
     steps: int
 
     @property
@@ -82,7 +83,7 @@ class Problem:
         score_key: jax.Array,
         data: PyTree,
     ) -> Outcome:
-        """One run: its score, that of its start, whether it is finite, its losses."""
+        """One run: its score, what it must be below, if it is finite, its losses."""
         init_key, data_key = jax.random.split(key)
         start = self.params(init_key)
         tx = factory(rate)
@@ -116,7 +117,11 @@ class Problem:
             jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
         )
         score = self.final_score(params, score_key, data)
-        return score, self.final_score(start, score_key, data), is_finite, losses
+        if self.failure_score is None:
+            limit = self.final_score(start, score_key, data)
+        else:
+            limit = jnp.full_like(score, self.failure_score)
+        return score, limit, is_finite, losses
 
     def require_finite_start(self, keys: jax.Array) -> None:
         """Raises if no seed has a finite loss and gradient at its initial parameters.
@@ -180,8 +185,8 @@ class Trainer:
 
     def __call__(
         self, grid: Sequence[tuple[float, int]], tick: Callable[[int], None]
-    ) -> tuple[Scores, Scores, NDArray[np.bool_], Scores]:
-        """Runs of these rates and seeds: what `Problem.run` returns, stacked.
+    ) -> tuple[Scores, NDArray[np.floating]]:
+        """Runs of these rates and seeds: scores, infinite where one failed, and losses.
 
         ``tick`` is told how many runs were finished.
         """
@@ -198,8 +203,9 @@ class Trainer:
                 self._num_timed += len(padded)
                 parts.append([np.asarray(field)[: len(part)] for field in outcome])
                 tick(len(part))
-        score, start, is_finite, losses = map(np.concatenate, zip(*parts, strict=True))
-        return score, start, is_finite, losses
+        score, limit, is_finite, losses = map(np.concatenate, zip(*parts, strict=True))
+        fine = is_finite & np.isfinite(score) & (score < limit)
+        return np.where(fine, score.astype(np.float64), np.inf), losses
 
     @property
     def ms_per_step(self) -> float:

@@ -1,0 +1,2 @@
+def page(records):
+    return "\n".join(map(str, records))
