@@ -296,11 +296,7 @@ def gradient_report(
     report = GradientReport(
         tuple(row for of_leaf in rows for row in of_leaf),
         float(adam_eps),
-        tuple(
-            leaf.name
-            for leaf, array in zip(leaves, arrays, strict=True)
-            if looks_stacked(leaf, array, leaves)
-        ),
+        looks_stacked(leaves, arrays),
     )
     if history is None:
         return report

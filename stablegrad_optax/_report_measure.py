@@ -166,43 +166,63 @@ def mark_rounding(
     sum cancels. Layers of a deep network may differ by more, hence only beside
     a leaf of more axes under the same parent.
     """
-    siblings: dict[Any, list[tuple[Leaf, list[LeafReport]]]] = {}
+    # The largest rms under a parent, by number of axes and of slices: f[slices].
+    kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}
     for leaf, of_leaf in zip(leaves, rows, strict=True):
-        siblings.setdefault(leaf.parent, []).append((leaf, of_leaf))
-
-    def limit(leaf: Leaf, i: int, dtype: Any) -> float:
-        kernels = [
-            of_leaf[i].rms if len(of_leaf) == leaf.num_slices else of_leaf[0].rms
-            for other, of_leaf in siblings[leaf.parent]
-            if of_leaf and _num_axes(other) > _num_axes(leaf)
-        ]
-        share = min(_ROUNDING * float(jnp.finfo(dtype).eps), _ROUNDING_AT_MOST)
-        return share * max(kernels, default=0.0)
-
-    return [
-        [
-            dataclasses.replace(row, is_rounding=0 < row.rms < limit(leaf, i, x.dtype))
-            for i, row in enumerate(of_leaf)
-        ]
-        for leaf, of_leaf, x in zip(leaves, rows, arrays, strict=True)
-    ]
+        here, key = kernels.setdefault(leaf.parent, {}), (_num_axes(leaf), len(of_leaf))
+        rms = np.array([row.rms for row in of_leaf])
+        here[key] = np.maximum(here.get(key, 0.0), rms)
+    marked = []
+    for leaf, of_leaf, array in zip(leaves, rows, arrays, strict=True):
+        limit = np.zeros(len(of_leaf))
+        for (axes, num_slices), rms in kernels[leaf.parent].items():
+            if axes > _num_axes(leaf) and num_slices in (1, len(of_leaf)):
+                limit = np.maximum(limit, rms)
+        epsilons = _ROUNDING * float(jnp.finfo(array.dtype).eps)
+        limit *= min(epsilons, _ROUNDING_AT_MOST)
+        marked.append(
+            [
+                dataclasses.replace(row, is_rounding=True)
+                if 0 < row.rms < most
+                else row
+                for row, most in zip(of_leaf, limit, strict=True)
+            ]
+        )
+    return marked
 
 
 def _num_axes(leaf: Leaf) -> int:
     return sum(length > 1 for length in leaf.shape[leaf.num_stacked :])
 
 
-def looks_stacked(leaf: Leaf, array: NDArray[Any], leaves: Sequence[Leaf]) -> bool:
-    """Whether the slices along the first axis differ as layers do.
+def looks_stacked(
+    leaves: Sequence[Leaf], arrays: Sequence[NDArray[Any]]
+) -> tuple[str, ...]:
+    """Names of leaves whose slices along the first axis differ as layers do.
 
-    An axis of layers or members is the first of all leaves beside it.
+    An axis of layers or members is the first of all leaves under the same parent.
     """
-    if leaf.num_stacked or len(leaf.shape) < 3 or leaf.shape[0] < 2 or not array.size:
-        return False
-    beside = [other.shape for other in leaves if other.parent == leaf.parent]
-    if any(s[:1] != leaf.shape[:1] or math.prod(s) == s[0] for s in beside):
-        return False
-    largest = np.abs(array.reshape(len(array), -1).astype(np.complex128)).max(axis=1)
+    shapes: dict[Any, set[tuple[int, ...]]] = {}
+    for leaf in leaves:
+        shapes.setdefault(leaf.parent, set()).add(leaf.shape)
+    return tuple(
+        leaf.name
+        for leaf, array in zip(leaves, arrays, strict=True)
+        if not leaf.num_stacked
+        and len(leaf.shape) >= 3
+        and leaf.shape[0] > 1
+        and all(
+            shape[:1] == leaf.shape[:1] and math.prod(shape) > shape[0]
+            for shape in shapes[leaf.parent]
+        )
+        and _differ(array)
+    )
+
+
+def _differ(array: NDArray[Any]) -> bool:
+    """Whether the largest entries of its slices are far apart, or some have none."""
+    largest = np.abs(array.reshape(len(array), -1).astype(np.complex128))
+    largest = largest.max(axis=1, initial=0)
     some = largest[np.isfinite(largest) & (largest > 0)]
     if not some.size:
         return False
