@@ -119,21 +119,15 @@ class GradientReport:
         """One of the verdicts of :func:`gradient_report`, the gravest that fits."""
         if self.nonfinite > 0:
             return "non-finite"
-        if self.max_std < _VANISHING_STD:
-            return "vanishing"
-        if self.below_adam_eps > _MOSTLY * (1 - self.zero):
-            return "mostly below Adam's eps"
         history = self.history
-        if history is not None and history.drift > _DRIFT:
-            return "exploding start"
-        ratio = self.std_ratio if history is None else history.std_ratio
-        if ratio > _UNBALANCED_RATIO:
-            return "unbalanced between layers"
-        if history is None and self.max_std > _LARGE_STD:
-            return "large"
-        if any(leaf.is_dead for leaf in self.leaves):
-            return "dead weights"
-        return "no trouble seen"
+        return judge(
+            max_std=self.max_std,
+            std_ratio=self.std_ratio if history is None else history.std_ratio,
+            below_adam_eps=self.below_adam_eps,
+            zero=self.zero,
+            num_dead=sum(leaf.is_dead for leaf in self.leaves),
+            drift=None if history is None else history.drift,
+        )
 
     @property
     def remedy(self) -> str:
@@ -159,6 +153,32 @@ class GradientReport:
 
     def __str__(self) -> str:
         return _report_text.render(self)
+
+
+def judge(
+    *,
+    max_std: float,
+    std_ratio: float,
+    below_adam_eps: float,
+    zero: float,
+    num_dead: int,
+    drift: float | None = None,
+) -> str:
+    """The verdict that these statistics of a finite gradient have, the gravest first.
+
+    With the first steps, ``drift`` is theirs and ``std_ratio`` that of their end.
+    """
+    if max_std < _VANISHING_STD:
+        return "vanishing"
+    if below_adam_eps > _MOSTLY * (1 - zero):
+        return "mostly below Adam's eps"
+    if drift is not None and drift > _DRIFT:
+        return "exploding start"
+    if std_ratio > _UNBALANCED_RATIO:
+        return "unbalanced between layers"
+    if drift is None and max_std > _LARGE_STD:
+        return "large"
+    return "dead weights" if num_dead else "no trouble seen"
 
 
 _STATISTICS = ("std", "rms", "mean_to_std", "below_adam_eps", "zero", "nonfinite")
