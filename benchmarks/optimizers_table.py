@@ -45,9 +45,9 @@ HEAD = """# Every optimizer of Optax behind each method
 
 `python -m benchmarks.optimizers_table` makes this page: final loss, the median of three
 seeds at the best of three rates ({rates}) that one further seed chose, {steps} steps
-with a cosine. "failed": half of the seeds were not finite or no better than their start.
-In **bold** what is more than twice the loss of the plain optimizer. It is one small
-problem: it says which combinations break, not which are best.
+with a cosine. "failed": half of the seeds were not finite or no better than their
+start. In **bold** what is more than twice the loss of the plain optimizer. It is one
+small problem: it says which combinations break, not which are best.
 
 {provenance}
 
