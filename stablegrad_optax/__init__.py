@@ -4,14 +4,17 @@ from stablegrad_optax._autoscaled import (
     GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
-from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._compare import compare_optimizers, default_optimizers
+from stablegrad_optax._comparison import Comparison, OptimizerRuns
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
-from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
+from stablegrad_optax._readings import health, scale_factors
+from stablegrad_optax._report import GradientReport, gradient_report
+from stablegrad_optax._report_measure import History, LeafReport
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
     gradient_stabilizer,
@@ -20,17 +23,23 @@ from stablegrad_optax._stablegrad import StableGradState, stablegrad
 from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
+    "Comparison",
     "GradientAutoscaledNormalizationState",
     "GradientReport",
     "GradientStabilizerState",
+    "History",
     "LeafReport",
+    "OptimizerRuns",
     "StableGradState",
     "activation_aware_normal",
+    "compare_optimizers",
+    "default_optimizers",
     "effective_kernel",
     "effective_kernel_operator",
     "gradient_autoscaled_normalization",
     "gradient_report",
     "gradient_stabilizer",
+    "health",
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
