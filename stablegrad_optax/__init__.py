@@ -5,6 +5,7 @@ from stablegrad_optax._autoscaled import (
     gradient_autoscaled_normalization,
 )
 from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
 from stablegrad_optax._prediction import (
@@ -12,6 +13,7 @@ from stablegrad_optax._prediction import (
     value_and_grad_with_prediction_std,
 )
 from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
+from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
     gradient_stabilizer,
@@ -20,12 +22,15 @@ from stablegrad_optax._stablegrad import StableGradState, stablegrad
 from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
+    "ClipByHistoryState",
     "GradientAutoscaledNormalizationState",
     "GradientReport",
     "GradientStabilizerState",
     "LeafReport",
+    "SkipSpikesState",
     "StableGradState",
     "activation_aware_normal",
+    "clip_by_history",
     "effective_kernel",
     "effective_kernel_operator",
     "gradient_autoscaled_normalization",
@@ -34,6 +39,7 @@ __all__ = [
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
+    "skip_spikes",
     "stablegrad",
     "value_and_grad_with_prediction_std",
 ]
