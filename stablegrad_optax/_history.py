@@ -158,11 +158,11 @@ def clip_by_history(
         norm = _statistics.norms(arrays, layout.weights).astype(dtype)
         accepted = jnp.isfinite(norm) & (norm > 0)
         norm = jnp.where(accepted, norm, 0)
-        of_all = _statistics.pooled(norm, 1.0)
+        of_all = _statistics.together(norm)
         if not per_leaf:
             norm = of_all[None]
 
-        is_warm = state.num_steps >= jnp.asarray(warmup_steps, dtype)
+        is_warm = state.num_steps.astype(dtype) >= jnp.asarray(warmup_steps, dtype)
         is_first, has_norm = mean == 0, norm > 0
         to_warmup_norm = divide(
             jnp.asarray(warmup_norm, dtype), jnp.where(of_all > 0, of_all, 1)

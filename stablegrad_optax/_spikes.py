@@ -157,7 +157,7 @@ def skip_spikes(
         dtype = state.mean.dtype
         leaves = tuple(filter(_leaves.has_gradient, _leaves.describe(updates)))
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
-        watched = [_statistics.pooled(norms.astype(dtype), 1.0)]
+        watched = [_statistics.together(norms.astype(dtype))]
         if value is not None:
             loss = require_scalar("value", jnp.asarray(value))
             watched.append(loss.astype(dtype))
@@ -168,8 +168,12 @@ def skip_spikes(
         def step() -> tuple[optax.Updates, optax.OptState]:
             return wrapped.update(updates, state.inner_state, params, **extra_args)
 
+        def stay() -> tuple[optax.Updates, optax.OptState]:
+            shapes, _ = jax.eval_shape(step)
+            return jax.tree.map(jnp.zeros_like, shapes), state.inner_state
+
         updates, inner_state = lax.platform_dependent(
-            cpu=lambda: lax.cond(skip, lambda: _no_step(step, updates, state), step),
+            cpu=lambda: lax.cond(skip, stay, step),
             default=lambda: _step_unless(skip, *step(), state.inner_state),
         )
         return updates, judged._replace(inner_state=inner_state)
@@ -196,7 +200,7 @@ def _judge(
     deviations = divide(x - state.mean, jnp.where(has_spread, spread, 1))
     deviations = jnp.where(has_spread, deviations, 0)
     most = jnp.asarray(max_deviation, dtype)
-    is_judged = state.num_seen >= jnp.asarray(warmup_steps, dtype)
+    is_judged = state.num_seen.astype(dtype) >= jnp.asarray(warmup_steps, dtype)
     is_spike = is_judged & (deviations > most)
     skipped = (is_given & (is_spike | ~is_finite)).any()
 
@@ -229,12 +233,3 @@ def _step_unless(
         jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates),
         jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old),
     )
-
-
-def _no_step(
-    step: Any, updates: Any, state: SkipSpikesState
-) -> tuple[optax.Updates, optax.OptState]:
-    """What a skipped step gives, in the dtypes of one that was taken."""
-    taken, _ = jax.eval_shape(step)
-    zeros = jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), updates, taken)
-    return zeros, state.inner_state
