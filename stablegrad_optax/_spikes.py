@@ -159,8 +159,9 @@ def skip_spikes(
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
         watched = [_statistics.together(norms.astype(dtype))]
         if value is not None:
-            loss = require_scalar("value", jnp.asarray(value))
-            watched.append(loss.astype(dtype))
+            # A Python float may be NaN or below 0, unlike other arguments.
+            loss = jnp.asarray(value) if isinstance(value, float) else value
+            watched.append(require_scalar("value", loss).astype(dtype))
             extra_args["value"] = value
         judged = _judge(watched, state, max_deviation, decay, warmup_steps)
         skip = judged.last_skipped

@@ -124,7 +124,9 @@ def pooled(values: jax.Array, shares: npt.ArrayLike) -> jax.Array:
     largest = lax.stop_gradient(values.max(0, initial=0))
     invertible = float(jnp.finfo(values.dtype).max) / 16
     unit = jnp.where(largest == 0, 1, jnp.minimum(largest, invertible))
-    mean_square = (jnp.asarray(shares, values.dtype) * (values / unit[None]) ** 2).sum(0)
+    mean_square = (jnp.asarray(shares, values.dtype) * (values / unit[None]) ** 2).sum(
+        0
+    )
     return safe_sqrt(mean_square) * unit
 
 
