@@ -1,12 +1,10 @@
 """StableGrad: each weight's gradient at a reference standard deviation."""
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from stablegrad_optax import _leaves, _slices, _statistics
@@ -267,60 +265,29 @@ def _shared(spreads: jax.Array, layout: _leaves.Layout) -> jax.Array:
     those that are stacked like it, and the whole of the others.
     """
     places = dict(zip(layout.weights, _slices.places(layout.weights), strict=True))
-    num_values = spreads.size
-    pools: list[_Pool] = []
+    values, num_values = [spreads], spreads.size
     found: dict[tuple[Any, ...], _slices.Indices] = {}
-    chosen: list[_slices.Indices] = [np.zeros(0, np.int64)]
     for leaf, sources in layout.sources.items():
         key = (sources, leaf.stack)
-        if key not in found:
-            pool = _pool_of(leaf, sources, places)
-            if len(pool.rows) == 1:
-                found[key] = pool.rows[0]
-            else:
-                found[key] = num_values + np.arange(leaf.num_slices)
-                num_values += leaf.num_slices
-                pools.append(pool)
-        chosen.append(found[key])
-    if pools:
-        spreads = jnp.concatenate([spreads, _pooled(spreads, pools)])
-    return spreads[np.concatenate(chosen)]
-
-
-class _Pool(NamedTuple):
-    """Which spreads a follower's slices share, and the share of each."""
-
-    rows: _slices.Indices  # [k, slices]
-    shares: npt.NDArray[np.float64]  # [k, slices]
-
-
-def _pool_of(
-    leaf: _leaves.Leaf,
-    sources: Sequence[_leaves.Leaf],
-    places: Mapping[_leaves.Leaf, _slices.Indices],
-) -> _Pool:
-    rows, sizes = [], []
-    for source in sources:
-        alike = source.stack == leaf.stack
-        row = places[source][None] if alike else places[source][:, None]
-        rows.append(np.broadcast_to(row, (len(row), leaf.num_slices)))
-        sizes.append(np.full(rows[-1].shape, float(source.slice_size)))
-    size = np.concatenate(sizes)
-    return _Pool(np.concatenate(rows), size / size.sum(0))
-
-
-def _pooled(spreads: jax.Array, pools: Sequence[_Pool]) -> jax.Array:
-    """``sqrt(sum n d^2 / sum n)`` over the rows of each pool, one after another."""
-    most = max(len(pool.rows) for pool in pools)
-
-    def side_by_side(columns: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        return np.concatenate(
-            [np.pad(each, ((0, most - len(each)), (0, 0))) for each in columns], 1
+        if key in found:
+            continue
+        of_sources = [
+            places[source].reshape((1, -1) if source.stack == leaf.stack else (-1, 1))
+            for source in sources
+        ]
+        rows = np.concatenate(
+            [np.broadcast_to(of, (len(of), leaf.num_slices)) for of in of_sources]
         )
-
-    rows = side_by_side(pool.rows for pool in pools)
-    shares = side_by_side(pool.shares for pool in pools)
-    return _statistics.pooled(jnp.where(shares == 0, 0, spreads[rows]), shares)
+        found[key] = rows[0]
+        if len(rows) > 1:
+            sizes = np.repeat([s.slice_size for s in sources], [*map(len, of_sources)])
+            shares = (sizes / sizes.sum())[:, None]
+            values.append(_statistics.pooled(spreads[rows], shares))
+            found[key] = num_values + np.arange(leaf.num_slices)
+            num_values += leaf.num_slices
+    chosen = [found[sources, leaf.stack] for leaf, sources in layout.sources.items()]
+    everything = _slices.concatenate(values)
+    return everything[np.concatenate([np.zeros(0, np.int64), *chosen])]
 
 
 def _limit(
