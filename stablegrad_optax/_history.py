@@ -61,10 +61,10 @@ def clip_by_history(
     for most leaves or too low for some. It also bounds *updates*: place it after
     ``optax.scale_by_adam``, before the weight decay and the learning rate. **When
     not**: where norms rise lastingly. The mean grows by at most ``(1 - decay) *
-    (max_ratio - 1)``, a thousandth, a step: a tenfold rise is followed after 2300
+    (max_ratio - 1)``, a thousandth, a step: a tenfold rise is followed after 2260
     steps, and a leaf whose norm was tiny once during the warm-up stays small as long
     (``warmup_steps=0`` starts from the first norm instead, ``max_ratio=2`` follows
-    within 115). It also cuts a share of the steps of any noisy gradient.
+    within 82). It also cuts a share of the steps of any noisy gradient.
 
     Args:
       max_ratio: How many times its mean a norm may be, at least 1.
