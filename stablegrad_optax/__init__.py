@@ -6,6 +6,7 @@ from stablegrad_optax._autoscaled import (
 )
 from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
+from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
 from stablegrad_optax._prediction import (
@@ -15,6 +16,7 @@ from stablegrad_optax._prediction import (
 from stablegrad_optax._readings import health, scale_factors
 from stablegrad_optax._report import GradientReport, gradient_report
 from stablegrad_optax._report_measure import History, LeafReport
+from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
     gradient_stabilizer,
@@ -23,6 +25,7 @@ from stablegrad_optax._stablegrad import StableGradState, stablegrad
 from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
+    "ClipByHistoryState",
     "Comparison",
     "GradientAutoscaledNormalizationState",
     "GradientReport",
@@ -30,8 +33,10 @@ __all__ = [
     "History",
     "LeafReport",
     "OptimizerRuns",
+    "SkipSpikesState",
     "StableGradState",
     "activation_aware_normal",
+    "clip_by_history",
     "compare_optimizers",
     "default_optimizers",
     "effective_kernel",
@@ -43,6 +48,7 @@ __all__ = [
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
+    "skip_spikes",
     "stablegrad",
     "value_and_grad_with_prediction_std",
 ]
