@@ -1,16 +1,12 @@
 """Control the scale of gradients between backpropagation and the optimizer."""
 
-from stablegrad_optax._analysis import (
-    effective_kernel,
-    effective_kernel_operator,
-    local_decrease_bound,
-)
 from stablegrad_optax._autoscaled import (
     GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
 from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._initializers import activation_aware_normal
+from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
@@ -21,6 +17,7 @@ from stablegrad_optax._stabilizer import (
     gradient_stabilizer,
 )
 from stablegrad_optax._stablegrad import StableGradState, stablegrad
+from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
     "GradientAutoscaledNormalizationState",

@@ -1,15 +1,15 @@
 """Gradient Autoscaled Normalization: centred gradients times one global scalar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from stablegrad_optax import _leaves, _statistics
+from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number, require_scalar
+from stablegrad_optax._numerics import narrow, scale, sum_dtype
 
 AUTOSCALES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
@@ -35,6 +35,7 @@ def gradient_autoscaled_normalization(
     *,
     exponent: float | jax.Array | None = None,
     mask: _leaves.Mask | None = None,
+    stacked_axes: _leaves.StackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Removes each weight's mean gradient and damps all weights by one scalar.
 
@@ -77,8 +78,10 @@ def gradient_autoscaled_normalization(
         :math:`\sigma`, f[], to a positive f[].
       exponent: Replaces p by a constant, at least 0.
       mask: Which leaves are weights, instead of the rule above: a pytree of bools that
-        is the gradient's tree or a prefix of it, or a callable that makes one from the
+        is the gradient's tree or a prefix of it, or a function that makes one from the
         tree.
+      stacked_axes: How many leading axes of a leaf index separate layers: each slice
+        has statistics of its own. As in :func:`stablegrad`.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state
@@ -131,9 +134,12 @@ def gradient_autoscaled_normalization(
         require_number("exponent", exponent, at_least=0)
     transform = autoscale if callable(autoscale) else AUTOSCALES[autoscale]
 
+    def lay_out(tree: optax.Updates) -> _leaves.Layout:
+        return _leaves.lay_out(tree, mask=mask, stacked_axes=stacked_axes)
+
     def init_fn(params: optax.Params) -> GradientAutoscaledNormalizationState:
-        layout = _leaves.lay_out(params, mask=mask)
-        dtype = _leaves.widest_statistics_dtype(layout.leaves)
+        layout = lay_out(params)
+        dtype = layout.dtype
         return GradientAutoscaledNormalizationState(
             grad_std=jnp.zeros((), dtype),
             exponent=jnp.zeros((), dtype),
@@ -147,26 +153,19 @@ def gradient_autoscaled_normalization(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientAutoscaledNormalizationState]:
-        del params, extra_args
-        layout = _leaves.lay_out(updates, mask=mask)
-        _leaves.require_gradients(layout, state.scale_factors)
-        sizes = [layout.leaves[i].slice_size for i in layout.weights]
-        if not sum(sizes):
-            return updates, state
-        dtype = state.grad_std.dtype
+        del extra_args
+        layout = lay_out(updates)
+        _leaves.require_gradients(layout, state.leaf_ids, params)
+        dtype, weights = state.grad_std.dtype, layout.weights
 
-        arrays, treedef = jax.tree.flatten(updates)
-        arrays = [jnp.asarray(array) for array in arrays]
-        weights = [layout.leaves[i] for i in layout.weights]
-        starts = _statistics.positions(state.scale_factors, weights)
-        means, deviations = _statistics.means_and_deviations(arrays, layout, starts)
-        std, all_finite = _pool(deviations.astype(dtype), sizes)
+        arrays = _slices.take(updates, weights)
+        means, deviations = _statistics.means_and_deviations(arrays, weights)
+        std, all_finite = _pool(deviations.astype(dtype), weights)
         alpha, fixed = _alpha(transform, std, exponent, state.exponent)
-        of_leaves = _statistics.entries(means, weights, starts)
-        for i, mean in zip(layout.weights, of_leaves, strict=True):
-            arrays[i] = _centre_and_scale(arrays[i], mean, alpha)
+        of_leaves = zip(arrays, _slices.read(means, weights), strict=True)
+        scaled = [_centre_and_scale(array, mean, alpha) for array, mean in of_leaves]
         return (
-            jax.tree.unflatten(treedef, arrays),
+            _slices.replace(updates, weights, scaled),
             GradientAutoscaledNormalizationState(
                 grad_std=std,
                 exponent=jnp.where(all_finite & (std > 0), fixed, state.exponent),
@@ -178,15 +177,17 @@ def gradient_autoscaled_normalization(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _pool(deviations: jax.Array, sizes: list[int]) -> tuple[jax.Array, jax.Array]:
-    """The std of all centred entries of finite leaves, and whether all leaves are."""
+def _pool(
+    deviations: jax.Array, leaves: Sequence[_leaves.Leaf]
+) -> tuple[jax.Array, jax.Array]:
+    """The std of all centred entries of finite slices, and whether all slices are."""
     finite = jnp.isfinite(deviations)
+    sizes = _statistics.per_slice(leaves, lambda leaf: leaf.slice_size, float)
+    shares = jnp.where(finite, sizes / max(sizes.sum(), 1), 0).astype(deviations.dtype)
+    total = shares.sum()
+    shares = shares / jnp.where(total == 0, 1, total)
     deviations = jnp.where(finite, deviations, 0)
-    shares = jnp.asarray(np.array(sizes) / sum(sizes), deviations.dtype)
-    share = jnp.where(finite, shares, 0).sum()
-    roots = jnp.sqrt(shares / jnp.where(share == 0, 1, share))
-    rms = _statistics.pooled(deviations * roots, np.ones(len(sizes)))
-    return rms * float(np.sqrt(len(sizes))), finite.all()
+    return _statistics.pooled(deviations, shares), finite.all()
 
 
 def _alpha(
@@ -215,7 +216,7 @@ def _alpha(
 def _centre_and_scale(
     array: jax.Array, mean: jax.Array, factor: jax.Array
 ) -> jax.Array:
-    dtype = np.result_type(_leaves.statistics_dtype(array.dtype), array.dtype)
-    mean = mean if jnp.iscomplexobj(array) else mean.real
-    centred = array.astype(dtype) - mean.astype(dtype)
-    return _leaves.scale(centred, factor).astype(array.dtype)
+    dtype = sum_dtype(array.dtype)
+    mean = (mean if jnp.iscomplexobj(array) else mean.real).astype(dtype)
+    mean = mean.reshape(mean.shape + (1,) * (array.ndim - mean.ndim))
+    return narrow(scale(array.astype(dtype) - mean, factor), array.dtype)

@@ -1,7 +1,5 @@
 """What the transformations did: the factor of every leaf, for a logger."""
 
-import zlib
-
 import jax
 import numpy as np
 import optax
@@ -59,7 +57,7 @@ def scale_factors(
             "opt_state holds no state of stablegrad, gradient_stabilizer or "
             f"gradient_autoscaled_normalization; got a {type(opt_state).__name__}."
         )
-    names = {zlib.crc32(leaf.name.encode()): leaf.name for leaf in describe(params)}
+    names = {leaf.id: leaf.name for leaf in describe(params)}
     factors: dict[str, np.ndarray] = {}
     for state in states:
         ids, scales = _read(state.leaf_ids), _read(state.scale_factors)

@@ -6,8 +6,10 @@ that stacks several along its leading axes. All of it is static: it depends on t
 structure, shapes and dtypes of the tree alone and costs nothing after tracing.
 """
 
+import functools
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+
+from stablegrad_optax._numerics import widest_statistics_dtype
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -24,11 +28,23 @@ StackedAxes = int | PyTree | Callable[[PyTree], PyTree]
 class Leaf(NamedTuple):
     """What is static about one leaf of a tree."""
 
-    name: str  # "path/to/kernel"
-    parent: tuple[Any, ...]  # the path of the node that holds it
+    name: str  # "path/to/kernel", unique in its tree
+    position: int  # in the flattened tree
+    path: tuple[str, ...]  # the keys on the way to it
     shape: tuple[int, ...]
     dtype: Any
     num_stacked: int = 0  # leading axes that index separate layers
+
+    @property
+    def parent(self) -> tuple[str, ...]:
+        """The path of the node that holds it."""
+        return self.path[:-1]
+
+    @property
+    def id(self) -> int:
+        """A checksum of its path: what a state knows it by."""
+        keys = (key.replace("/", "\0") for key in self.path)
+        return zlib.crc32("/".join(keys).encode())
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -55,40 +71,51 @@ def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf
     """Describes every leaf of a tree of arrays or ``jax.ShapeDtypeStruct``.
 
     A trailing attribute ``value`` is the box of a parameter (``nnx.Variable``,
-    linen's ``Partitioned``): it is neither part of the name nor a parent.
+    linen's ``Partitioned``): it is neither part of the name nor a parent. Leaves that
+    would share a name are named by their full path, ``['a']['b']``.
     """
-    leaves = []
-    for path, leaf in jax.tree.leaves_with_path(tree):
+    leaves, full_names = [], []
+    for position, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
         if path and getattr(path[-1], "name", None) == "value":
             path = path[:-1]
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         shape = tuple(getattr(leaf, "shape", ()))
         dtype = getattr(leaf, "dtype", None)
         dtype = jnp.result_type(leaf) if dtype is None else dtype
         dtype = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
-        leaves.append(Leaf(name, path[:-1], shape, dtype))
+        leaves.append(Leaf("/".join(keys), position, tuple(keys), shape, dtype))
+        full_names.append(jax.tree_util.keystr(path))
+    counts = Counter(leaf.name for leaf in leaves)
+    leaves = [
+        leaf if counts[leaf.name] == 1 else leaf._replace(name=full_name)
+        for leaf, full_name in zip(leaves, full_names, strict=True)
+    ]
     if stacked_axes is None:
         return leaves
     stacked = _per_leaf("stacked_axes", stacked_axes, tree)
-    for leaf, num_stacked in zip(leaves, stacked, strict=True):
-        valid = isinstance(num_stacked, int | np.integer) and not isinstance(
-            num_stacked, bool
+    return list(map(_stacked, leaves, stacked))
+
+
+def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
+    is_int = isinstance(num_stacked, int | np.integer)
+    valid = is_int and not isinstance(num_stacked, bool)
+    if not valid or not 0 <= num_stacked <= len(leaf.shape):
+        raise ValueError(
+            f"stacked_axes of leaf '{leaf.name}' must be an int from 0 to its number "
+            f"of axes, {len(leaf.shape)}; got {num_stacked!r}."
         )
-        if not valid or not 0 <= num_stacked <= len(leaf.shape):
-            raise ValueError(
-                f"stacked_axes of leaf '{leaf.name}' must be an int from 0 to its "
-                f"number of axes, {len(leaf.shape)}; got {num_stacked!r}."
-            )
-    return [
-        leaf._replace(num_stacked=int(num_stacked))
-        for leaf, num_stacked in zip(leaves, stacked, strict=True)
-    ]
+    return leaf._replace(num_stacked=int(num_stacked))
 
 
 def is_weight_by_default(leaf: Leaf) -> bool:
-    """Whether each slice is floating, has at least two axes and two elements."""
+    """Whether each slice is floating, has two axes and two elements, and is no bias.
+
+    Flax's attention biases have the shape (heads, features), Equinox's convolutions'
+    (channels, 1, 1), an ensemble's (members, features): their name tells them apart.
+    """
     num_axes = len(leaf.shape) - leaf.num_stacked
-    return leaf.is_floating and num_axes >= 2 and leaf.slice_size > 1
+    is_bias = bool(leaf.path) and leaf.path[-1] == "bias"
+    return leaf.is_floating and num_axes >= 2 and leaf.slice_size > 1 and not is_bias
 
 
 def choose(
@@ -118,7 +145,9 @@ def choose(
 
 def _per_leaf(argument: str, value: Any, tree: PyTree) -> list[Any]:
     """One value a leaf, from a pytree prefix or a callable that makes one."""
-    if callable(value):
+    # A pytree that happens to be callable, such as an Equinox module, is a pytree.
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    if callable(value) and (is_leaf or isinstance(value, functools.partial)):
         value = value(tree)
     try:
         return jax.tree.leaves(jax.tree.broadcast(value, tree))
@@ -133,24 +162,31 @@ def _per_leaf(argument: str, value: Any, tree: PyTree) -> list[Any]:
 class Layout(NamedTuple):
     """Which leaves are weights, and which weights each scaled leaf is scaled by."""
 
-    leaves: list[Leaf]
-    weights: tuple[int, ...]  # positions in the flattened tree
+    leaves: tuple[Leaf, ...]
+    weights: tuple[Leaf, ...]
     # For each scaled leaf the weights it is scaled by: itself, or those it follows.
-    sources: dict[int, tuple[int, ...]]
+    sources: dict[Leaf, tuple[Leaf, ...]]
+
+    @property
+    def scaled(self) -> tuple[Leaf, ...]:
+        """The leaves that are scaled, in the order of the tree."""
+        return tuple(self.sources)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of a vector that holds a statistic of every leaf."""
+        return widest_statistics_dtype(leaf.dtype for leaf in self.leaves)
 
     @property
     def num_slices(self) -> int:
         """The length of a vector with an entry per slice of each scaled leaf."""
-        return sum(self.leaves[i].num_slices for i in self.sources)
+        return sum(leaf.num_slices for leaf in self.scaled)
 
     @property
     def leaf_ids(self) -> npt.NDArray[np.uint32]:
-        """For each of these entries, the checksum of its leaf's name."""
-        ids = [
-            np.full(leaf.num_slices, zlib.crc32(leaf.name.encode()), np.uint32)
-            for leaf in (self.leaves[i] for i in self.sources)
-        ]
-        return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+        """For each of these entries, the id of its leaf."""
+        ids = [np.full(leaf.num_slices, leaf.id, np.uint32) for leaf in self.scaled]
+        return np.concatenate([np.zeros(0, np.uint32), *ids])
 
 
 def lay_out(
@@ -162,64 +198,79 @@ def lay_out(
     default: Callable[[Leaf], bool] = is_weight_by_default,
 ) -> Layout:
     """Finds the weights and, if asked for, the leaves that follow them."""
-    leaves = describe(tree, stacked_axes)
-    weights = choose(tree, leaves, mask, default)
-    siblings: dict[tuple[Any, ...], tuple[int, ...]] = {}
-    for i in weights:
-        siblings[leaves[i].parent] = (*siblings.get(leaves[i].parent, ()), i)
+    leaves = tuple(describe(tree, stacked_axes))
+    weights = tuple(leaves[i] for i in choose(tree, leaves, mask, default))
+    siblings: dict[tuple[str, ...], tuple[Leaf, ...]] = {}
+    for leaf in weights:
+        siblings[leaf.parent] = (*siblings.get(leaf.parent, ()), leaf)
     is_weight = set(weights)
-    sources: dict[int, tuple[int, ...]] = {}
-    for i, leaf in enumerate(leaves):
-        if i in is_weight:
-            sources[i] = (i,)
+    sources: dict[Leaf, tuple[Leaf, ...]] = {}
+    for leaf in leaves:
+        if leaf in is_weight:
+            sources[leaf] = (leaf,)
         elif followers and leaf.is_floating and leaf.parent in siblings:
-            sources[i] = siblings[leaf.parent]
+            sources[leaf] = siblings[leaf.parent]
     return Layout(leaves, weights, sources)
 
 
-def require_gradients(layout: Layout, statistic: jax.Array) -> None:
-    """Raises for gradients that are integers, or whose slices are not the state's."""
+def require_gradients(
+    layout: Layout, leaf_ids: jax.Array, params: PyTree | None
+) -> None:
+    """Raises for gradients that are integers, or other leaves than those of ``init``.
+
+    Args:
+      layout: Of the gradients.
+      leaf_ids: Of the state.
+      params: What ``update`` was given, if anything: their shapes are compared.
+    """
     for leaf in layout.leaves:
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool:
             raise ValueError(
                 f"Gradients must be floating point; leaf '{leaf.name}' is "
                 f"{leaf.dtype}. Exclude it with optax.masked or optax.partition."
             )
-    if statistic.shape != (layout.num_slices,):
-        raise ValueError(
-            f"The gradients have {layout.num_slices} slices to scale, the state was "
-            f"initialized for {statistic.size}: call init on a tree of the same "
-            "structure and shapes."
-        )
+    shapes = {} if params is None else {p.path: p.shape for p in describe(params)}
+    for leaf in layout.leaves:
+        shape = shapes.get(leaf.path, leaf.shape)
+        if shape != leaf.shape:
+            _raise_other(f"'{leaf.name}' has shape {leaf.shape}, the parameter {shape}")
+    expected, given = leaf_ids.size, layout.leaf_ids
+    if given.size == expected:
+        return
+    first = ""
+    if not isinstance(leaf_ids, jax.core.Tracer):
+        differ = given[:expected] != np.asarray(leaf_ids)[: given.size]
+        place = int(differ.argmax()) if differ.any() else min(given.size, expected)
+        names = {leaf.id: leaf.name for leaf in layout.scaled}
+        first = f", from '{names[given[place]]}' on" if place < given.size else ""
+    _raise_other(f"{given.size} slices to scale instead of {expected}{first}")
 
 
-@jax.jit
-def scale(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """Each slice times its factor f[stack], in the array's dtype.
-
-    One scalar and one multiplication, computed in the precision of the statistics: XLA
-    fuses it into the optimizer's loops, and a scaled gradient is never written out.
-    """
-    wide = statistics_dtype(array.dtype)
-    if factor.dtype != wide:  # a float64 factor saturates in float32
-        factor = jnp.clip(factor, max=float(jnp.finfo(wide).max)).astype(wide)
-    factor = factor.reshape(factor.shape + (1,) * (array.ndim - factor.ndim))
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        return jax.lax.complex(
-            array.real.astype(wide) * factor, array.imag.astype(wide) * factor
-        ).astype(array.dtype)
-    return (array.astype(wide) * factor).astype(array.dtype)
-
-
-def statistics_dtype(dtype: Any) -> np.dtype[Any]:
-    """float64 for double precision leaves, float32 for all others."""
-    return np.dtype(np.float64 if jnp.finfo(dtype).bits == 64 else np.float32)
-
-
-def widest_statistics_dtype(leaves: Sequence[Leaf]) -> np.dtype[Any]:
-    """The dtype of a vector that holds a statistic of every leaf."""
-    return max(
-        (statistics_dtype(leaf.dtype) for leaf in leaves if leaf.is_floating),
-        key=lambda dtype: dtype.itemsize,
-        default=np.dtype(np.float32),
+def _raise_other(difference: str) -> None:
+    raise ValueError(
+        f"The gradients are not those that init was given: {difference}. Please call "
+        "init on a tree of the same structure and shapes, and place the transformation "
+        "after the aggregation where each example has a gradient of its own."
     )
+
+
+def split(
+    params: PyTree, chosen: Sequence[bool]
+) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], PyTree]]:
+    """The chosen leaves as arrays, and what puts values in their places."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def join(values: Sequence[jax.Array]) -> PyTree:
+        remaining = iter(values)
+        merged = [
+            next(remaining) if is_chosen else leaf
+            for leaf, is_chosen in zip(leaves, chosen, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, merged)
+
+    arrays = [
+        jnp.asarray(leaf)
+        for leaf, is_chosen in zip(leaves, chosen, strict=True)
+        if is_chosen
+    ]
+    return arrays, join

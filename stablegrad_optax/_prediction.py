@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablegrad_optax._checks import require_number
-from stablegrad_optax._leaves import statistics_dtype
-from stablegrad_optax._statistics import safe_sqrt
+from stablegrad_optax._numerics import safe_sqrt, statistics_dtype
 
 PyTree = Any
 AxisName = str | tuple[str, ...]
@@ -88,7 +87,10 @@ def prediction_grad_std(
 
     # In units of the largest entry no square leaves the range of the dtype.
     largest = over_all(jax.lax.pmax, [jnp.max(jnp.abs(a), initial=0) for a in arrays])
-    unit = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+    # But no larger than what has an inverse: XLA may multiply by that.
+    invertible = float(jnp.finfo(largest.dtype).max) / 16
+    unit = jnp.where(largest > 0, jnp.minimum(largest, invertible), 1)
+    unit = jax.lax.stop_gradient(unit)
     arrays = [array / unit.astype(dtype) for array in arrays]
     size = num_devices * sum(array.size for array in arrays)
     mean = over_all(jax.lax.psum, [jnp.sum(array) for array in arrays]) / size

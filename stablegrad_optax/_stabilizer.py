@@ -1,16 +1,15 @@
 """GradientStabilizer: each leaf's gradient at a norm that its history sets."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stablegrad_optax import _leaves, _statistics
+from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number
-
-NONFINITE = ("propagate", "zero")
+from stablegrad_optax._numerics import divide
 
 
 class GradientStabilizerState(NamedTuple):
@@ -35,10 +34,9 @@ def gradient_stabilizer(
     *,
     eps: float | jax.Array = 1e-12,
     bias_correction: bool = True,
-    per_leaf: bool = True,
-    nonfinite: Literal["propagate", "zero"] = "propagate",
     max_norm_ratio: float | jax.Array | None = None,
     mask: _leaves.Mask | None = None,
+    stacked_axes: _leaves.StackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each leaf's gradient a norm that its own history sets.
 
@@ -110,8 +108,10 @@ def gradient_stabilizer(
         norm; above 1. A single spike is then forgotten, see the table; a norm that
         stays high is followed within some steps. Default: no limit, as published.
       mask: Which leaves to scale: a pytree of bools that is the gradient's tree or a
-        prefix of it, or a callable that makes one from the tree. Default: all floating
+        prefix of it, or a function that makes one from the tree. Default: all floating
         leaves.
+      stacked_axes: How many leading axes of a leaf index separate layers: each slice
+        has statistics of its own. As in :func:`stablegrad`.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`GradientStabilizerState`.
@@ -182,28 +182,26 @@ def gradient_stabilizer(
     require_number("gamma1", gamma1, at_least=0, below=1)
     require_number("gamma2", gamma2, at_least=0, below=1)
     require_number("eps", eps, at_least=0)
-    flags = {"bias_correction": bias_correction, "per_leaf": per_leaf}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False; got {flag!r}.")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite must be one of {NONFINITE}; got {nonfinite!r}.")
+    if not isinstance(bias_correction, bool):
+        raise ValueError(
+            f"bias_correction must be True or False; got {bias_correction!r}."
+        )
     if max_norm_ratio is not None:
         require_number("max_norm_ratio", max_norm_ratio, above=1)
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(tree, mask=mask, default=_has_gradient)
+        return _leaves.lay_out(
+            tree, mask=mask, stacked_axes=stacked_axes, default=_has_gradient
+        )
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
         layout = lay_out(params)
-        dtype = _leaves.widest_statistics_dtype(layout.leaves)
-        num_leaves = layout.num_slices
-        num_norms = num_leaves if per_leaf else 1
+        dtype, num_slices = layout.dtype, layout.num_slices
         return GradientStabilizerState(
-            norm_mean=jnp.zeros(num_norms, dtype),
-            norm_rms=jnp.zeros(num_norms, dtype),
-            num_accepted=jnp.zeros(num_norms, jnp.int32),
-            scale_factors=jnp.ones(num_leaves, dtype),
+            norm_mean=jnp.zeros(num_slices, dtype),
+            norm_rms=jnp.zeros(num_slices, dtype),
+            num_accepted=jnp.zeros(num_slices, jnp.int32),
+            scale_factors=jnp.ones(num_slices, dtype),
             leaf_ids=jnp.array(layout.leaf_ids),
         )
 
@@ -213,51 +211,43 @@ def gradient_stabilizer(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientStabilizerState]:
-        del params, extra_args
+        del extra_args
         layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.scale_factors)
-        if not layout.weights:
-            return updates, state
+        _leaves.require_gradients(layout, state.leaf_ids, params)
         dtype = state.norm_mean.dtype
 
-        arrays, treedef = jax.tree.flatten(updates)
-        arrays = [jnp.asarray(array) for array in arrays]
-        weights = [layout.leaves[i] for i in layout.weights]
-        starts = _statistics.positions(state.scale_factors, weights)
-        norm = _statistics.norms(arrays, layout, starts).astype(dtype)
-        norm = norm if per_leaf else _of_all(norm)
+        arrays = _slices.take(updates, layout.weights)
+        norm = _statistics.norms(arrays, layout.weights).astype(dtype)
         accepted = jnp.isfinite(norm) & (norm > 0)
-        safe_norm = jnp.where(accepted, norm, 1)
+        norm = jnp.where(accepted, norm, 1)
 
         count = optax.safe_increment(state.num_accepted)
         mean_total, mean_weight = _weights(gamma1, count, dtype)
         square_total, square_weight = _weights(gamma2, count, dtype)
-        seen = safe_norm
+        seen = norm
         if max_norm_ratio is not None:
             limit = jnp.asarray(max_norm_ratio, dtype) * state.norm_mean
-            seen = jnp.where(count == 1, seen, jnp.minimum(seen, limit))
+            seen = jnp.where(count == 1, norm, jnp.minimum(norm, limit))
         floor = jnp.asarray(eps, dtype)
+        # What turns the corrected ratio into that of the uncorrected means.
+        correction = 1 if bias_correction else jnp.sqrt(square_total)
         mean = (1 - mean_weight) * state.norm_mean + mean_weight * seen
-        rms, ratio = _rms_and_ratio(mean, state.norm_rms, seen, square_weight, floor)
+        rms, ratio = _rms_and_ratio(
+            mean, state.norm_rms, seen, square_weight, floor / correction
+        )
         if not bias_correction:
-            ratio = ratio * mean_total / jnp.sqrt(square_total)
-        factor = _statistics.divide(ratio, jnp.maximum(safe_norm, floor))
-        standing = 1 if nonfinite == "propagate" else jnp.isfinite(norm).astype(dtype)
-        factor = jnp.where(accepted, factor, standing)
-
-        scale = _leaves.scale if nonfinite == "propagate" else _scale_or_zero
-        factors = jnp.broadcast_to(factor, state.scale_factors.shape)
-        of_leaves = [factor[0]] * len(layout.weights)
-        if per_leaf:
-            of_leaves = _statistics.entries(factor, weights, starts)
-        for i, of_leaf in zip(layout.weights, of_leaves, strict=True):
-            arrays[i] = scale(arrays[i], of_leaf)
-        return jax.tree.unflatten(treedef, arrays), GradientStabilizerState(
-            norm_mean=jnp.where(accepted, mean, state.norm_mean),
-            norm_rms=jnp.where(accepted, rms, state.norm_rms),
-            num_accepted=jnp.where(accepted, count, state.num_accepted),
-            scale_factors=factors,
-            leaf_ids=state.leaf_ids,
+            ratio = ratio * mean_total / correction
+        factors = divide(ratio, jnp.maximum(norm, floor))
+        factors = jnp.where(accepted, factors, 1)
+        return (
+            _slices.multiply(updates, layout.weights, factors),
+            GradientStabilizerState(
+                norm_mean=jnp.where(accepted, mean, state.norm_mean),
+                norm_rms=jnp.where(accepted, rms, state.norm_rms),
+                num_accepted=jnp.where(accepted, count, state.num_accepted),
+                scale_factors=factors,
+                leaf_ids=state.leaf_ids,
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -267,22 +257,18 @@ def _has_gradient(leaf: _leaves.Leaf) -> bool:
     return leaf.is_floating and leaf.slice_size > 0
 
 
-def _of_all(norms: jax.Array) -> jax.Array:
-    """The norm f[1] of all leaves together, saturating."""
-    rms = _statistics.pooled(norms, np.ones(norms.size))
-    largest = float(jnp.finfo(norms.dtype).max)
-    return jnp.minimum(rms * float(np.sqrt(norms.size)), largest)[None]
-
-
 def _weights(
     gamma: float | jax.Array, count: jax.Array, dtype: np.dtype[Any]
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of all weights of a running mean from zero, and the newest's share.
 
     For ``count`` values ``1 - gamma^count``, and ``1 - gamma`` over it: the weight of
-    the newest value in the bias-corrected mean.
+    the newest value in the bias-corrected mean. An array of a narrow dtype may have
+    been rounded to 1: then the largest gamma below it in float32 takes its place.
     """
-    newest = jnp.asarray(1 - gamma, dtype)  # a Python number in Python's precision
+    # A Python number in Python's precision, an array in that of the statistics.
+    gamma = gamma if isinstance(gamma, float | int) else jnp.asarray(gamma, dtype)
+    newest = jnp.maximum(jnp.asarray(1 - gamma, dtype), 2.0**-24)
     total = -jnp.expm1(count.astype(dtype) * jnp.log1p(-newest))
     return total, jnp.minimum(newest / total, 1)
 
@@ -309,9 +295,3 @@ def _rms_and_ratio(
     # The change alone is rounded, not the whole: a long mean keeps its digits.
     change = weight * (new - old) * (new + old) / (root + old)
     return rms + change * unit, mean * inverse / (root + eps * inverse)
-
-
-@jax.jit
-def _scale_or_zero(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """Zeros for a factor of 0, whatever the entries are."""
-    return jnp.where(factor == 0, 0, _leaves.scale(array, factor))

@@ -1,15 +1,17 @@
 """StableGrad: each weight's gradient at a reference standard deviation."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 
-from stablegrad_optax import _leaves, _statistics
+from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number, require_scalar
-from stablegrad_optax._statistics import Indices
+from stablegrad_optax._numerics import divide
 
 REFERENCE_DECAY = 0.95  # of the running mean behind max_reference_growth
 
@@ -191,8 +193,7 @@ def stablegrad(
 
     def init_fn(params: optax.Params) -> StableGradState:
         layout = lay_out(params)
-        dtype = _leaves.widest_statistics_dtype(layout.leaves)
-        num_slices = layout.num_slices
+        dtype, num_slices = layout.dtype, layout.num_slices
         return StableGradState(
             reference_std=jnp.zeros((), dtype),
             grad_std=jnp.zeros(num_slices, dtype),
@@ -210,42 +211,27 @@ def stablegrad(
         prediction_grad_std: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, StableGradState]:
-        del params, extra_args
+        del extra_args
         layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.grad_std)
+        _leaves.require_gradients(layout, state.leaf_ids, params)
         dtype = state.reference_std.dtype
 
-        if prediction_grad_std is not None:
-            reference = require_scalar("prediction_grad_std", prediction_grad_std)
-            reference = reference.astype(dtype)
-        elif reference_std is not None:
-            reference = jnp.asarray(reference_std, dtype)
-        else:
-            raise ValueError(
-                "stablegrad has no reference: pass prediction_grad_std to update "
-                "(see stablegrad_optax.prediction_grad_std), or give stablegrad a "
-                "constant reference_std."
-            )
+        reference = _reference(prediction_grad_std, reference_std).astype(dtype)
         mean, count = state.reference_mean, state.reference_count
         if max_reference_growth is not None:
             growth = jnp.asarray(max_reference_growth, dtype)
             reference, mean, count = _limit(reference, growth, mean, count)
 
-        arrays, treedef = jax.tree.flatten(updates)
-        for i in layout.sources:
-            arrays[i] = jnp.asarray(arrays[i])  # NumPy arrays and Python numbers
-        groups = _group(layout)
-        starts = _statistics.positions(state.grad_std, groups.leaves)
-        spreads = _statistics.spreads(arrays, layout, starts[: len(layout.weights)])
-        spreads = _pool(spreads.astype(dtype), groups)
-        factors = _factors(reference, spreads, jnp.asarray(eps, dtype))
-        of_groups = _statistics.entries(factors, groups.leaves, starts)
-        for i, group in zip(layout.sources, groups.of_scaled, strict=True):
-            arrays[i] = _leaves.scale(arrays[i], of_groups[group])
-        return jax.tree.unflatten(treedef, arrays), StableGradState(
+        arrays = _slices.take(updates, layout.weights)
+        spreads = _statistics.spreads(arrays, layout.weights).astype(dtype)
+        spreads = _shared(spreads, layout)
+        is_zero = spreads == 0
+        divisor = jnp.where(is_zero, 1, spreads + jnp.asarray(eps, dtype))
+        factors = jnp.where(is_zero, 1, divide(reference, divisor))
+        return _slices.multiply(updates, layout.scaled, factors), StableGradState(
             reference_std=reference,
-            grad_std=spreads[groups.slices],
-            scale_factors=factors[groups.slices],
+            grad_std=spreads,
+            scale_factors=factors,
             leaf_ids=state.leaf_ids,
             reference_mean=mean,
             reference_count=count,
@@ -254,58 +240,82 @@ def stablegrad(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Groups(NamedTuple):
-    """Scaled leaves that share their factors: with each weight, then with each pool."""
+def _reference(
+    prediction_grad_std: jax.typing.ArrayLike | None,
+    reference_std: float | jax.Array | None,
+) -> jax.Array:
+    if prediction_grad_std is not None:
+        return require_scalar("prediction_grad_std", prediction_grad_std)
+    if reference_std is None:
+        raise ValueError(
+            "stablegrad has no reference: pass prediction_grad_std to update (see "
+            "stablegrad_optax.prediction_grad_std), or give stablegrad a constant "
+            "reference_std."
+        )
+    return jnp.asarray(reference_std)
 
-    leaves: list[_leaves.Leaf]  # one of each group
-    pools: list[tuple[Indices, Indices]]  # weights' slices [k, slices], their sizes [k]
-    of_scaled: list[int]  # the group of each scaled leaf
-    slices: Indices  # for each slice of each scaled leaf, its place among the groups'
 
+def _shared(spreads: jax.Array, layout: _leaves.Layout) -> jax.Array:
+    """The spread that each scaled slice is divided by, from those of the weights.
 
-def _group(layout: _leaves.Layout) -> _Groups:
-    """Groups the scaled leaves.
-
-    A follower shares the factors of the weight it follows, or of several pooled: slice
-    by slice those that are stacked like it, and the whole of the others.
+    A follower has that of the weight it follows, or of several pooled: slice by slice
+    those that are stacked like it, and the whole of the others.
     """
-    weights = [layout.leaves[i] for i in layout.weights]
-    slices = dict(zip(layout.weights, _statistics.places(weights), strict=True))
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {
-        ((i,), layout.leaves[i].stack): n for n, i in enumerate(layout.weights)
-    }
-    leaves, pools, of_scaled = list(weights), [], []
-    for i, sources in layout.sources.items():
-        leaf = layout.leaves[i]
+    places = dict(zip(layout.weights, _slices.places(layout.weights), strict=True))
+    num_values = spreads.size
+    pools: list[_Pool] = []
+    found: dict[tuple[Any, ...], _slices.Indices] = {}
+    chosen: list[_slices.Indices] = [np.zeros(0, np.int64)]
+    for leaf, sources in layout.sources.items():
         key = (sources, leaf.stack)
-        if key not in groups:
-            groups[key] = len(leaves)
-            leaves.append(leaf)
-            rows, sizes = [], []
-            for j in sources:
-                source = layout.leaves[j]
-                alike = source.stack == leaf.stack
-                row = slices[j][None] if alike else slices[j][:, None]
-                rows.append(np.broadcast_to(row, (len(row), leaf.num_slices)))
-                sizes.append(np.full(len(row), source.slice_size))
-            pools.append((np.concatenate(rows), np.concatenate(sizes)))
-        of_scaled.append(groups[key])
-    place = _statistics.places(leaves)
-    chosen = [np.zeros(0, np.int64), *(place[group] for group in of_scaled)]
-    return _Groups(leaves, pools, of_scaled, np.concatenate(chosen))
+        if key not in found:
+            pool = _pool_of(leaf, sources, places)
+            if len(pool.rows) == 1:
+                found[key] = pool.rows[0]
+            else:
+                found[key] = num_values + np.arange(leaf.num_slices)
+                num_values += leaf.num_slices
+                pools.append(pool)
+        chosen.append(found[key])
+    if pools:
+        spreads = jnp.concatenate([spreads, _pooled(spreads, pools)])
+    return spreads[np.concatenate(chosen)]
 
 
-def _pool(spreads: jax.Array, groups: _Groups) -> jax.Array:
-    """The spreads of the weights f[slices], and after them those of the pools."""
-    pools = [_statistics.pooled(spreads[rows], sizes) for rows, sizes in groups.pools]
-    return _statistics.concatenate([spreads, *pools])
+class _Pool(NamedTuple):
+    """Which spreads a follower's slices share, and the share of each."""
+
+    rows: _slices.Indices  # [k, slices]
+    shares: npt.NDArray[np.float64]  # [k, slices]
 
 
-def _factors(reference: jax.Array, spreads: jax.Array, eps: jax.Array) -> jax.Array:
-    """The factor of each slice: 1 where there is nothing to scale."""
-    zero = spreads == 0
-    factors = _statistics.divide(reference, jnp.where(zero, 1, spreads + eps))
-    return jnp.where(zero, 1, factors)
+def _pool_of(
+    leaf: _leaves.Leaf,
+    sources: Sequence[_leaves.Leaf],
+    places: Mapping[_leaves.Leaf, _slices.Indices],
+) -> _Pool:
+    rows, sizes = [], []
+    for source in sources:
+        alike = source.stack == leaf.stack
+        row = places[source][None] if alike else places[source][:, None]
+        rows.append(np.broadcast_to(row, (len(row), leaf.num_slices)))
+        sizes.append(np.full(rows[-1].shape, float(source.slice_size)))
+    size = np.concatenate(sizes)
+    return _Pool(np.concatenate(rows), size / size.sum(0))
+
+
+def _pooled(spreads: jax.Array, pools: Sequence[_Pool]) -> jax.Array:
+    """``sqrt(sum n d^2 / sum n)`` over the rows of each pool, one after another."""
+    most = max(len(pool.rows) for pool in pools)
+
+    def side_by_side(columns: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.concatenate(
+            [np.pad(each, ((0, most - len(each)), (0, 0))) for each in columns], 1
+        )
+
+    rows = side_by_side(pool.rows for pool in pools)
+    shares = side_by_side(pool.shares for pool in pools)
+    return _statistics.pooled(jnp.where(shares == 0, 0, spreads[rows]), shares)
 
 
 def _limit(

@@ -190,11 +190,11 @@ CALLS = {
     ),
     "a leaf more than in init": (
         lambda: update(GRADS | kernels("f")),
-        "The gradients have 5 slices to scale, the state was initialized for 4",
+        "5 slices to scale instead of 4, from 'a/kernel' on. Please call init",
     ),
     "a layer less than in init": (
         lambda: update({"hidden": GRADS["hidden"]}),
-        "The gradients have 2 slices to scale, the state was initialized for 4",
+        "2 slices to scale instead of 4. Please call init on a tree of the same",
     ),
     "a mask that fits init alone": (
         lambda: update(kernels("f"), mask=jax.tree.map(lambda g: True, GRADS)),

@@ -284,6 +284,39 @@ def test_several_methods_in_one_chain_keep_states_of_their_own():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e37])
+@each_case
+def test_an_eager_update_of_finite_gradients_makes_no_nan(case, scale):
+    """Nor do sums that overflow on the way: a user may run with jax_debug_nans."""
+    grads = jax.tree.map(lambda g: g * np.float32(scale / 4), gradients())
+    with jax.debug_nans(True):
+        state = case.tx.init(grads)
+        for _ in range(2):
+            updates, state = case.tx.update(grads, state, **case.extra_args)
+    assert_finite(updates)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beyond"),
+    [
+        ("float8_e4m3fn", 448),
+        ("float8_e4m3b11fnuz", 30),
+        ("float8_e5m2fnuz", 57344),
+        ("float8_e5m2", np.inf),
+    ],
+)
+def test_float8_saturates_where_it_has_no_infinity(dtype, beyond):
+    """A cast of 1e6 would be NaN there; NaN stays NaN."""
+    kernel = jnp.array([[1, -1], [0.25, -0.25]], dtype)
+    grads = {"a": kernel, "b": kernel.at[0, 0].set(jnp.nan)}
+    tx = stablegrad_optax.stablegrad(1e6)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
+    assert updates["a"].dtype == dtype
+    largest = np.asarray(updates["a"], np.float32)
+    np.testing.assert_array_equal(largest, [[beyond, -beyond]] * 2)
+    assert np.isnan(np.asarray(updates["b"], np.float32)[0, 0])
+
+
 def other_trees():
     grads = gradients()
     return {

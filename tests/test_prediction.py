@@ -348,3 +348,11 @@ def test_field_probe_sees_u_but_not_its_derivatives(name):
         assert not interior.any()
     else:
         assert interior.all()
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e37, 8.6e37])
+def test_eager_and_compiled_agree_at_both_ends_of_the_range(scale):
+    y = np.float32(scale) * np.array([1, -1, 0.5, -0.25], np.float32)
+    exact = np.asarray(y, np.float64).std()
+    for function in (prediction_grad_std, jax.jit(prediction_grad_std)):
+        np.testing.assert_allclose(function(y), exact, rtol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from stablegrad_optax._analysis import (
+from stablegrad_optax import (
     effective_kernel,
     effective_kernel_operator,
     local_decrease_bound,

@@ -1,0 +1,77 @@
+"""Dtypes of statistics, and arithmetic that stays in their range."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def statistics_dtype(dtype: Any) -> np.dtype[Any]:
+    """float64 for double precision leaves, float32 for all others."""
+    return np.dtype(np.float64 if jnp.finfo(dtype).bits == 64 else np.float32)
+
+
+def sum_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype that a leaf is summed in: complex where it is."""
+    return np.result_type(statistics_dtype(dtype), dtype)
+
+
+def widest_statistics_dtype(dtypes: Iterable[Any]) -> np.dtype[Any]:
+    """The dtype of a vector that holds a statistic for leaves of these dtypes."""
+    floating = (dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact))
+    return np.result_type(np.float32, *map(statistics_dtype, floating))
+
+
+@jax.jit
+def scale(array: jax.Array, factor: jax.Array) -> jax.Array:
+    """Each slice times its factor f[stack], in the array's dtype.
+
+    One scalar and one multiplication, computed in the precision of the statistics: XLA
+    fuses it into the optimizer's loops, and a scaled gradient is never written out.
+    """
+    wide = statistics_dtype(array.dtype)
+    if factor.dtype != wide:  # a float64 factor saturates in float32
+        factor = jnp.clip(factor, max=float(jnp.finfo(wide).max)).astype(wide)
+    factor = factor.reshape(factor.shape + (1,) * (array.ndim - factor.ndim))
+    if jnp.iscomplexobj(array):
+        return jax.lax.complex(
+            array.real.astype(wide) * factor, array.imag.astype(wide) * factor
+        ).astype(array.dtype)
+    return narrow(array.astype(wide) * factor, array.dtype)
+
+
+def narrow(array: jax.Array, dtype: Any) -> jax.Array:
+    """The array in a leaf's dtype; one without infinities (of float8) saturates."""
+    is_real = jnp.issubdtype(dtype, jnp.floating)
+    if is_real and not np.isinf(np.float32(np.inf).astype(dtype)):
+        largest = float(jnp.finfo(dtype).max)
+        array = jnp.clip(array, -largest, largest)
+    return array.astype(dtype)
+
+
+@jax.custom_jvp
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The quotient, saturating, with derivatives that do not overflow."""
+    largest = float(jnp.finfo(denominator.dtype).max)
+    return jnp.minimum(numerator / denominator, largest)
+
+
+@divide.defjvp
+def _divide_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    numerator, denominator = primals
+    numerator_dot, denominator_dot = tangents
+    quotient = divide(numerator, denominator)
+    # Two divisions in a row: the square of a small denominator would underflow.
+    change = numerator_dot / denominator - denominator_dot / denominator * quotient
+    return quotient, change
+
+
+@jax.jit
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))

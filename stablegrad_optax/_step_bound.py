@@ -1,0 +1,141 @@
+"""The largest step by which a plain step along a direction decreases the loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablegrad_optax._leaves import split
+from stablegrad_optax._numerics import scale, widest_statistics_dtype
+
+PyTree = Any
+
+
+def local_decrease_bound(
+    loss_fn: Callable[[PyTree], jax.Array], params: PyTree, direction: PyTree
+) -> jax.Array:
+    r"""The largest learning rate at which a plain step still decreases the loss.
+
+    For the step :math:`\theta - \eta d` the local quadratic model of the loss,
+
+    .. math::
+
+        L(\theta - \eta d) \approx
+            L(\theta) - \eta \, g^\top d + \tfrac{1}{2} \eta^2 \, d^\top H d ,
+
+    with gradient :math:`g` and Hessian :math:`H`, lies below :math:`L(\theta)` for
+    :math:`0 < \eta < \eta_{max}`,
+
+    .. math::
+
+        \eta_{max} = \frac{2 \, g^\top d}{d^\top H d} ,
+
+    and is lowest at half of it. **The paper's** is a theorem of local decrease
+    for the direction d = P g of the scaled gradient, of which we know the title.
+    **Ours** is this bound: for a loss with curvature at most :math:`\beta` it
+    follows that every :math:`\eta < 2 g^\top P g / (\beta \|P g\|^2)` decreases the
+    loss; here the curvature along d takes the place of :math:`\beta`. It is exact
+    for a quadratic loss and a local statement otherwise. It speaks of the plain step,
+    as ``optax.sgd`` takes it, not of Adam fed with P g.
+
+    It costs one Hessian-vector product: about two gradients in time and memory.
+
+    Args:
+      loss_fn: The loss as a function of the parameters alone, returning f[]. Bind data
+        with a ``lambda`` or ``functools.partial``.
+      params: The parameters, any pytree; real or complex.
+      direction: What the step subtracts, in the structure of ``params``: the gradient,
+        or the updates of :func:`~stablegrad_optax.stablegrad` (before a learning rate
+        turns their sign). Leaves that are ``None`` or ``optax.MaskedNode`` stand
+        still, as in the gradients of Equinox.
+
+    Returns:
+      f[], float32, or float64 where a leaf has double precision. Infinite where the
+      curvature along ``direction`` is not positive, 0 where ``direction`` does not
+      descend to first order, NaN where the gradient is not finite.
+
+    Raises:
+      ValueError: If ``direction`` has another structure than ``params``, or a leaf of
+        another shape.
+
+    Examples:
+      For the loss :math:`a x^2 / 2` the gradient step overshoots beyond 2 / a:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from stablegrad_optax import local_decrease_bound
+      >>> loss_fn = lambda params: 4.0 * params["x"] ** 2 / 2
+      >>> params = {"x": jnp.array(3.0)}
+      >>> print(local_decrease_bound(loss_fn, params, jax.grad(loss_fn)(params)))
+      0.5
+
+      The scaled gradient of a network::
+
+        grads = jax.grad(loss_fn)(params)
+        updates, _ = tx.update(grads, tx.init(params))  # tx = stablegrad()
+        bound = jax.jit(local_decrease_bound, static_argnums=0)(
+            loss_fn, params, updates
+        )
+
+    References:
+      Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
+      <https://arxiv.org/abs/2605.19856>`_, 2026
+    """
+    steps = _steps(params, direction)
+    moved, join = split(params, [step is not None for step in steps])
+    if not moved:
+        return jnp.zeros(())
+    direction = [step for step in steps if step is not None]
+
+    # With the direction at unit scale, g d and d H d neither under- nor overflow for
+    # gradients that have vanished or exploded.
+    dtype = widest_statistics_dtype(step.dtype for step in direction)
+    sizes = [jnp.max(jnp.abs(step), initial=0).astype(dtype) for step in direction]
+    invertible = float(jnp.finfo(dtype).max) / 16
+    size = jnp.minimum(jnp.max(jnp.stack(sizes)), invertible)
+    unit = 1 / jnp.where(size > 0, size, 1)
+    along = [
+        scale(step, unit).astype(leaf.dtype)
+        for step, leaf in zip(direction, moved, strict=True)
+    ]
+    gradient = jax.grad(lambda values: loss_fn(join(values)))
+    grads, bent = jax.jvp(gradient, (moved,), (along,))
+    slope, curvature = _inner(grads, along, dtype), _inner(bent, along, dtype)
+    bound = 2 * slope / jnp.maximum(curvature, 0) * unit
+    return jnp.where(slope <= 0, 0, bound)
+
+
+def _steps(params: PyTree, direction: PyTree) -> list[Any]:
+    """The direction of each leaf of params, None where it stands still."""
+    treedef: Any = jax.tree.structure(params)
+    try:
+        nodes = treedef.flatten_up_to(direction)
+    except ValueError as error:
+        raise ValueError(
+            f"direction must have the structure of params, {treedef}; got "
+            f"{jax.tree.structure(direction)}."
+        ) from error
+    steps = []
+    for leaf, node in zip(jax.tree.leaves(params), nodes, strict=True):
+        found = jax.tree.leaves(node)
+        if found and (len(found) > 1 or np.shape(found[0]) != np.shape(leaf)):
+            raise ValueError(
+                "direction must have a leaf of the same shape for each of params; got "
+                f"{[np.shape(x) for x in found]} for {np.shape(leaf)}."
+            )
+        moves = found and jnp.issubdtype(jnp.result_type(found[0]), jnp.inexact)
+        steps.append(jnp.asarray(found[0]) if moves else None)
+    return steps
+
+
+def _inner(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
+    """The derivative along ys that the gradient xs stands for, summed in dtype."""
+
+    def of_leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        real = jnp.sum(x.real.astype(dtype) * y.real.astype(dtype))
+        if jnp.iscomplexobj(x):  # jax.grad holds dL/d(re) - i dL/d(im)
+            real -= jnp.sum(x.imag.astype(dtype) * y.imag.astype(dtype))
+        return real
+
+    return jnp.sum(jnp.stack([of_leaf(x, y) for x, y in zip(xs, ys, strict=True)]))
