@@ -16,7 +16,11 @@ from benchmarks.lib.summary import (
     Score,
     Scores,
     complete,
+    floor_row,
+    legend,
+    level,
     markdown_table,
+    ranged,
     regret,
     regret_table,
     versus_table,
@@ -117,7 +121,7 @@ def _count(table: Scores) -> str:
 
 def _summary(table: Scores) -> str:
     whole = complete(table)
-    parts = (regret_table(regret(whole), "cells"), versus_table(whole, PAIRS))
+    parts = (regret_table(whole, "cells"), versus_table(whole, PAIRS))
     return "\n".join(part for part in parts if part)
 
 
@@ -134,9 +138,10 @@ def _error_tables(table: Scores) -> str:
         columns = [table[by_depth[depth]] for depth in depths]
         arms = in_order(columns, ARMS)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        rows.append(floor_row(columns))
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
-            "Median error (failed runs) at the learning rate:\n\n"
+            f"Median error (failed runs) at the learning rate. {legend()}\n\n"
             + markdown_table(["arm", *(f"depth {depth}" for depth in depths)], rows)
         )
     return "\n".join(parts)
@@ -146,9 +151,7 @@ def _entry(column: dict[str, Score], arm: str) -> str:
     if arm not in column:
         return "-"
     score = column[arm]
-    best = min(other.median for other in column.values())
-    median = f"{score.median:.3g}"
-    median = f"**{median}**" if score.median <= 1.05 * best else median
+    median = ranged(score.median, score.interval, ".3g", bold=arm in level(column))
     return (
         f"{median} ({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
     )

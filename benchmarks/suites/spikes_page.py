@@ -17,8 +17,11 @@ from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
+    floor_row,
+    legend,
+    level,
     markdown_table,
-    regret,
+    ranged,
     regret_table,
 )
 from benchmarks.suites.spikes import TREATMENTS
@@ -169,7 +172,7 @@ def _count(table: Scores) -> str:
 
 def _summary(table: Scores) -> str:
     compared = _compared(table)
-    return regret_table(regret(compared), "cells with tuned rates") if compared else ""
+    return regret_table(compared, "cells with tuned rates") if compared else ""
 
 
 def _tables(table: Scores) -> str:
@@ -220,8 +223,10 @@ def _sweep_tables(table: Scores) -> str:
             [arm, *(_entry(column, arm) for column in by_rate.values())]
             for arm in in_order(by_rate.values(), TREATMENTS)
         ]
+        rows.append(floor_row(by_rate.values()))
         parts.append(
-            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
+            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs). "
+            f"{legend()}\n\n"
             + markdown_table(["arm", *(f"rate {rate}" for rate in by_rate)], rows)
         )
     return "\n".join(parts)
@@ -237,10 +242,11 @@ def _compared_tables(table: Scores) -> str:
             [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
             for arm in in_order(columns.values(), TREATMENTS)
         ]
+        rows.append(floor_row(columns.values()))
         parts.append(
-            f"### {task}, at tuned rates\n\nMedian error [lowest, highest seed] "
-            "(failed runs) at the learning rate; bold: within 1 % of the column's "
-            "best.\n\n" + markdown_table(["arm", *map(_condition, columns)], rows)
+            f"### {task}, at tuned rates\n\nMedian error (failed runs) at the "
+            f"learning rate. {legend()}\n\n"
+            + markdown_table(["arm", *map(_condition, columns)], rows)
         )
     return "\n".join(parts)
 
@@ -257,14 +263,9 @@ def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
     if arm not in column:
         return "-"
     score = column[arm]
-    best = min(other.median for other in column.values())
-    median = f"{score.median:.3f}"
-    median = f"**{median}**" if score.median <= 1.01 * best else median
+    median = ranged(score.median, score.interval, ".3f", bold=arm in level(column))
     failed = f"({score.num_failed}/{score.num_runs})"
-    if not rate:
-        return f"{median} {failed}"
-    low, high = np.quantile([capped_error(r) for r in score.records], (0, 1))
-    return f"{median} [{low:.3f}, {high:.3f}] {failed} at {score.learning_rate:.0e}"
+    return f"{median} {failed}" + f" at {score.learning_rate:.0e}" * rate
 
 
 # Figures

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
+from benchmarks.lib import figures, noise
 from benchmarks.lib.arms import SEPARATOR, among, in_order
 from benchmarks.lib.pages import Page
 from benchmarks.lib.runs import Record
@@ -16,8 +16,11 @@ from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
+    floor_row,
+    legend,
+    level,
     markdown_table,
-    regret,
+    ranged,
     regret_table,
 )
 from benchmarks.suites.vision import TREATMENTS
@@ -65,11 +68,16 @@ def _count(table: Scores) -> str:
 def _summary(table: Scores) -> str:
     tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
     return regret_table(
-        regret(tuned, lambda error, best: 100 * (error - best)),
+        tuned,
         "cells with tuned rates",
+        compare=_points,
         cost="in points of median accuracy behind the best arm of the cell",
         digits=1,
     )
+
+
+def _points(error: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    return 100 * (error - lowest)
 
 
 def _accuracy_tables(table: Scores) -> str:
@@ -82,10 +90,10 @@ def _accuracy_tables(table: Scores) -> str:
         columns = [table[cell] for cell in cells]
         arms = in_order(columns, TREATMENTS)
         rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        rows.append(floor_row(columns, ".1f", statistic=np.mean, compare=_points))
         parts.append(
-            f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
-            "(failed runs) at the learning rate; bold: within 1 point of the column's "
-            "highest mean.\n\n"
+            f"### {data}, {_norm(norm)}\n\nMean accuracy in % (failed runs) at the "
+            f"learning rate. {legend('points from the middle mean to the best')}\n\n"
             + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
         )
     return "\n".join(parts)
@@ -111,11 +119,10 @@ def _entry(column: dict[str, Score], arm: str) -> str:
         return "-"
     score = column[arm]
     percent = _accuracies(score)
-    best = max(_accuracies(other).mean() for other in column.values())
-    mean = f"{percent.mean():.1f}"
-    mean = f"**{mean}**" if percent.mean() >= best - 1 else mean
+    interval = noise.interval(noise.resampled(percent, np.mean))
+    bold = arm in level(column, np.mean)
     return (
-        f"{mean} [{percent.min():.1f}, {percent.max():.1f}] "
+        f"{ranged(percent.mean(), interval, '.1f', bold=bold)} "
         f"({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
     )
 
