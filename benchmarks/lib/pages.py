@@ -9,8 +9,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.lib import figures
+from benchmarks.lib.grid import Ledger
 from benchmarks.lib.runs import Record
-from benchmarks.lib.suite import Choice, lowest_median
+from benchmarks.lib.suite import Choice, Suite, lowest_median
 from benchmarks.lib.summary import Scores, provenance, scores
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
@@ -44,7 +45,7 @@ class Page:
 def write(
     page: Page,
     records: Sequence[Record],
-    choice: Callable[[str], Choice],
+    suite: Suite,
     folder: Path,
 ) -> list[Path]:
     """Write `<suite>.md` and, for each preset, its figures; returns their paths.
@@ -55,7 +56,7 @@ def write(
     Args:
         page: what to write.
         records: the lines of the suite's file.
-        choice: preset -> how its rates were chosen.
+        suite: says how rates were chosen, and what is missing.
         folder: where to.
     """
     by_preset: dict[str, list[Record]] = {}
@@ -65,7 +66,7 @@ def write(
             by_preset.setdefault(record["preset"], []).append(record)
     text, paths = [page.head], []
     for preset, of_preset in by_preset.items():
-        choose = choice(preset)
+        choose = suite.choice(preset)
         table = scores(of_preset, page.cell, choose)
         stem = f"{page.suite}_{preset}"
         drawn: list[Path] = []
@@ -76,6 +77,7 @@ def write(
         parts = [
             f"\n## Preset {preset}\n",
             f"{len(of_preset)} runs, {page.count(table)}; {provenance(of_preset)}.\n",
+            _unfinished(suite, preset, of_preset),
             "" if choose is lowest_median else f"{_rule(choose)}\n",
             page.summary(table),
             notes.read_text().strip() + "\n" if notes.exists() else "",
@@ -90,6 +92,21 @@ def write(
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))
     return [markdown, *paths]
+
+
+def _unfinished(suite: Suite, preset: str, records: Sequence[Record]) -> str:
+    """Says what is missing, if anything is."""
+    if preset not in suite.presets:
+        return ""
+    ledger = Ledger(suite.presets[preset], records)
+    num_done, num_runs = ledger.done()[0], ledger.num_runs
+    if num_done == num_runs:
+        return ""
+    return (
+        f"**Not finished: {num_done} of {num_runs} runs.** What is shown are the arms "
+        "whose reported seeds are all there. It goes on with "
+        f"`python -m benchmarks run {suite.name} --preset {preset}`.\n"
+    )
 
 
 def _rule(choose: Choice) -> str:

@@ -25,10 +25,13 @@ class Score:
     records: tuple[Record, ...]  # one for each seed
 
     @property
+    def by_seed(self) -> list[Record]:
+        return sorted(self.records, key=lambda record: record["seed"])
+
+    @property
     def errors(self) -> np.ndarray:
         """Relative, f[seeds] by seed; each 1 at most: what predicting zero scores."""
-        by_seed = sorted(self.records, key=lambda record: record["seed"])
-        return np.array([capped_error(record) for record in by_seed])
+        return np.array([capped_error(record) for record in self.by_seed])
 
     @property
     def median(self) -> float:

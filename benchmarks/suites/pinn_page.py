@@ -83,6 +83,7 @@ HEAT_MAPS += pairs(["clip 1", "StableGrad"], ["AdamW"])
 HEAT_MAPS_BEHIND = pairs(
     ["none", "clip 1", "unit norm by leaf", "StableGrad"], ["Muon"]
 )
+MAX_PANELS = 8  # of the figure of seeds
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
 
 
@@ -187,6 +188,36 @@ def _regret_figure(table: Scores) -> Figure | None:
     )
     ax.grid(axis="x", alpha=0.3)
     ax.legend(fontsize=8)
+    return figure
+
+
+def _seeds_figure(table: Scores) -> Figure | None:
+    """Errors of all seeds in each cell, where the cells are few."""
+    if len(table) > MAX_PANELS:
+        return None
+    columns = {cell: (arms, level(arms)) for cell, arms in table.items()}
+    arms = in_order(table.values(), ARMS)
+    figure, axes = figures.panels(len(columns), 0.9 + 0.24 * len(arms), sharey=True)
+    for ax, (cell, (column, of_level)) in zip(axes, columns.items(), strict=True):
+        for arm, score in column.items():
+            row = arms.index(arm)
+            failed = np.array([run["failed"] for run in score.by_seed])
+            figures.dots(ax, row, score.errors, failed, score.median)
+            shade = figures.PALETTE[4] if arm in of_level else "0.6"
+            low, high = score.interval
+            ax.fill_betweenx(
+                [row - 0.35, row + 0.35], low, high, color=shade, alpha=0.3
+            )
+        figures.name_rows(ax, arms)
+        ax.axvline(FAILURE_ERROR, color="0.5", linewidth=1, linestyle=":")
+        ax.set(xscale="log", xlabel="relative $L_2$ error")
+        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        "One dot a seed, crosses: failed, bars: median, shaded: its interval (green: "
+        "level with the best)",
+        fontsize=10,
+    )
     return figure
 
 
@@ -365,6 +396,7 @@ PAGE = Page(
     _summary,
     {
         "regret": _regret_figure,
+        "seeds": _seeds_figure,
         "depth": _depth_figure,
         "curves": _curves_figure,
         "layers": _layers_figure,
