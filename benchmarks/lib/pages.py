@@ -29,7 +29,8 @@ class Page:
         summary: Markdown; stands before the notes and the figures of a preset.
         figures: name -> what draws one of a preset, or finds nothing to draw.
         tables: Markdown; stands behind them.
-        times: the lines of `time` -> Markdown, the last of the page.
+        times: the lines of `time` -> Markdown, behind the presets.
+        claims: the scores of each preset -> Markdown, the last of the page.
     """
 
     suite: str
@@ -40,6 +41,7 @@ class Page:
     figures: Mapping[str, Callable[[Scores], Figure | None]]
     tables: Callable[[Scores], str]
     times: Callable[[Sequence[Record]], str] | None = None
+    claims: Callable[[Sequence[Scores]], str] | None = None
 
 
 def write(
@@ -64,10 +66,11 @@ def write(
     for record in records:
         if record["phase"] != "timing":
             by_preset.setdefault(record["preset"], []).append(record)
-    text, paths = [page.head], []
+    text, paths, tables = [page.head], [], []
     for preset, of_preset in by_preset.items():
         choose = suite.choice(preset)
         table = scores(of_preset, page.cell, choose)
+        tables.append(table)
         stem = f"{page.suite}_{preset}"
         drawn: list[Path] = []
         if table:
@@ -88,6 +91,8 @@ def write(
         paths += drawn
     if times and page.times is not None:
         text.append(page.times(times))
+    if page.claims is not None:
+        text.append(page.claims(tables))
     markdown = folder / f"{page.suite}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))

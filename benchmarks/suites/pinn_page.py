@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
+from benchmarks.lib import claims, figures
 from benchmarks.lib.arms import among, in_order, pairs
 from benchmarks.lib.pages import Page
 from benchmarks.lib.runs import Record
@@ -26,6 +26,7 @@ from benchmarks.lib.summary import (
     versus_table,
 )
 from benchmarks.suites.pinn import ARMS
+from benchmarks.suites.pinn_claims import CLAIMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
@@ -388,6 +389,13 @@ def _legend(figure: Figure, arms: Sequence[str]) -> None:
     )
 
 
+def _claims(presets: Sequence[Scores]) -> str:
+    table = claims.table(
+        CLAIMS, presets, lambda cell: f"{_title(cell)}, {cell[5]} steps"
+    )
+    return f"## Claims about Muon\n\n{table}"
+
+
 PAGE = Page(
     "pinn",
     _HEAD,
@@ -402,4 +410,5 @@ PAGE = Page(
         "layers": _layers_figure,
     },
     _error_tables,
+    claims=_claims,
 )
