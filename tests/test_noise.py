@@ -207,3 +207,11 @@ def test_one_arm_against_another_shows_the_interval_of_the_ratio():
 
 def test_a_number_is_marked_and_its_interval_stands_beside_it():
     assert ranged(0.5, (0.25, 1.0), ".2f", bold=True) == "**0.50** [0.25, 1.00]"
+
+
+def test_a_rate_at_an_end_of_its_set_is_told():
+    runs = score(0.1, 0.2).records
+    assert Score(runs, (0.01, 0.1, 1.0)).rate == "1e-01"
+    assert Score(runs, (0.01, 0.1)).rate == "1e-01 (end of its set)"
+    assert Score(runs, (0.1, 1.0)).rate == "1e-01 (end of its set)"
+    assert Score(runs).rate == "1e-01"

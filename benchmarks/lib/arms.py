@@ -86,7 +86,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": Optimizer(_muon, _MUON_RATES),
     "Muon b2=0.9": Optimizer(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon eps=1e-30": Optimizer(partial(_muon, eps=1e-30), _MUON_RATES),
-    "SOAP": Optimizer(soap, _ADAM_RATES),
+    "SOAP": Optimizer(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
 
 TREATMENTS: dict[str, Callable[[], Transformation]] = {

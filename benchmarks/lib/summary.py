@@ -20,9 +20,15 @@ Cell = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Score:
-    """The reported runs of one arm in one cell, at its chosen learning rate."""
+    """The reported runs of one arm in one cell, at its chosen learning rate.
 
-    records: tuple[Record, ...]  # one for each seed
+    Attributes:
+        records: one for each seed.
+        rates: those that it was chosen from, increasing; none if it was given.
+    """
+
+    records: tuple[Record, ...]
+    rates: tuple[float, ...] = ()
 
     @property
     def by_seed(self) -> list[Record]:
@@ -59,6 +65,12 @@ class Score:
         return self.records[0]["learning_rate"]
 
     @property
+    def rate(self) -> str:
+        """As a table has it: whether a better one may lie beyond the set is said."""
+        is_end = self.learning_rate in (*self.rates[:1], *self.rates[-1:])
+        return f"{self.learning_rate:.0e}" + " (end of its set)" * is_end
+
+    @property
     def ms_per_step(self) -> float:
         return float(np.median([record["ms_per_step"] for record in self.records]))
 
@@ -92,11 +104,13 @@ def scores(
         by_phase.setdefault(key, []).append(record)
     table: Scores = {}
     for (cell, arm), runs in reported.items():
+        rates: tuple[float, ...] = ()
         if of_tuning := tuned.get((cell, arm)):
             rate = choose(of_tuning)
             runs = [run for run in runs if run["learning_rate"] == rate]
+            rates = tuple(sorted({run["learning_rate"] for run in of_tuning}))
         if runs:
-            table.setdefault(cell, {})[arm] = Score(tuple(runs))
+            table.setdefault(cell, {})[arm] = Score(tuple(runs), rates)
     return table
 
 

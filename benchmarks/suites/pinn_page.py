@@ -154,9 +154,7 @@ def _entry(column: dict[str, Score], arm: str) -> str:
         return "-"
     score = column[arm]
     median = ranged(score.median, score.interval, ".3g", bold=arm in level(column))
-    return (
-        f"{median} ({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
-    )
+    return f"{median} ({score.num_failed}/{score.num_runs}) at {score.rate}"
 
 
 # Figures

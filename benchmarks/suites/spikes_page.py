@@ -265,7 +265,7 @@ def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
     score = column[arm]
     median = ranged(score.median, score.interval, ".3f", bold=arm in level(column))
     failed = f"({score.num_failed}/{score.num_runs})"
-    return f"{median} {failed}" + f" at {score.learning_rate:.0e}" * rate
+    return f"{median} {failed}" + f" at {score.rate}" * rate
 
 
 # Figures

@@ -123,7 +123,7 @@ def _entry(column: dict[str, Score], arm: str) -> str:
     bold = arm in level(column, np.mean)
     return (
         f"{ranged(percent.mean(), interval, '.1f', bold=bold)} "
-        f"({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
+        f"({score.num_failed}/{score.num_runs}) at {score.rate}"
     )
 
 
