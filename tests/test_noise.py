@@ -8,16 +8,9 @@ import pytest
 from scipy import stats
 
 from benchmarks.lib import noise
-from benchmarks.lib.summary import (
-    Score,
-    floor,
-    floor_row,
-    level,
-    ranged,
-    regret,
-    regret_table,
-    versus_table,
-)
+from benchmarks.lib.regret import regret, regret_table, versus_table
+from benchmarks.lib.summary import Score, floor, level
+from benchmarks.lib.tables import floor_row, ranged
 
 
 def score(*errors, failed=0, first_seed=0):

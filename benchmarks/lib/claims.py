@@ -8,7 +8,8 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.lib import noise
-from benchmarks.lib.summary import Cell, Score, Scores, level, markdown_table, ranged
+from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.tables import markdown_table, ranged
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,10 @@ from matplotlib.figure import Figure
 from benchmarks.lib import claims, figures
 from benchmarks.lib.arms import among, in_order, pairs
 from benchmarks.lib.pages import Page
+from benchmarks.lib.regret import regret, regret_table, versus_table
 from benchmarks.lib.runs import Record
-from benchmarks.lib.summary import (
-    Cell,
-    Score,
-    Scores,
-    complete,
-    floor_row,
-    legend,
-    level,
-    markdown_table,
-    ranged,
-    regret,
-    regret_table,
-    versus_table,
-)
+from benchmarks.lib.summary import Cell, Score, Scores, complete, level
+from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
 from benchmarks.suites.pinn import ARMS
 from benchmarks.suites.pinn_claims import CLAIMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR
@@ -137,24 +126,19 @@ def _error_tables(table: Scores) -> str:
     parts = []
     for (problem, activation, init, width, steps), by_depth in blocks.items():
         depths = sorted(by_depth)
-        columns = [table[by_depth[depth]] for depth in depths]
-        arms = in_order(columns, ARMS)
-        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
-        rows.append(floor_row(columns))
+        columns = {f"depth {depth}": table[by_depth[depth]] for depth in depths}
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
             f"Median error (failed runs) at the learning rate. {legend()}\n\n"
-            + markdown_table(["arm", *(f"depth {depth}" for depth in depths)], rows)
+            + arms_table(columns, _entry, ARMS, floor_row(columns.values()))
         )
     return "\n".join(parts)
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
-    if arm not in column:
-        return "-"
     score = column[arm]
     median = ranged(score.median, score.interval, ".3g", bold=arm in level(column))
-    return f"{median} ({score.num_failed}/{score.num_runs}) at {score.rate}"
+    return f"{median} {score.failures} at {score.rate}"
 
 
 # Figures
@@ -252,7 +236,7 @@ def _depth_figure(table: Scores) -> Figure:
         axes[0, 0].set_ylim(top=60)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
-    _legend(figure, arms)
+    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
     figure.suptitle(
         "Error against depth; crosses: some runs failed, above: how many", fontsize=11
     )
@@ -323,7 +307,7 @@ def _curves_figure(table: Scores) -> Figure:
         by_time.set_title(
             "each arm at its own rate and speed, runs side by side", fontsize=9
         )
-    _legend(figure, arms)
+    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
     figure.suptitle("Median over seeds; bands from lowest to highest", fontsize=11)
     return figure
 
@@ -378,13 +362,6 @@ def _layer_stds(
 def _title(cell: Cell) -> str:
     problem, activation, init, depth, *_ = cell
     return f"{problem}, {activation}, {init}, depth {depth}"
-
-
-def _legend(figure: Figure, arms: Sequence[str]) -> None:
-    lines = [plt.Line2D([], [], **figures.line(i)) for i in range(len(arms))]
-    figure.legend(
-        lines, arms, loc="outside right center", fontsize=8, title="median of"
-    )
 
 
 def _claims(presets: Sequence[Scores]) -> str:

@@ -1,6 +1,6 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,18 +11,10 @@ from matplotlib.figure import Figure
 from benchmarks.lib import figures, noise
 from benchmarks.lib.arms import SEPARATOR, among, in_order
 from benchmarks.lib.pages import Page
+from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
-from benchmarks.lib.summary import (
-    Cell,
-    Score,
-    Scores,
-    floor_row,
-    legend,
-    level,
-    markdown_table,
-    ranged,
-    regret_table,
-)
+from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
 from benchmarks.suites.vision import TREATMENTS
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
@@ -87,14 +79,12 @@ def _accuracy_tables(table: Scores) -> str:
         blocks.setdefault(cell[:2], []).append(cell)
     parts = []
     for (data, norm), cells in blocks.items():
-        columns = [table[cell] for cell in cells]
-        arms = in_order(columns, TREATMENTS)
-        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
-        rows.append(floor_row(columns, ".1f", statistic=np.mean, compare=_points))
+        columns = {_setting(cell): table[cell] for cell in cells}
+        last = floor_row(columns.values(), ".1f", statistic=np.mean, compare=_points)
         parts.append(
             f"### {data}, {_norm(norm)}\n\nMean accuracy in % (failed runs) at the "
             f"learning rate. {legend('points from the middle mean to the best')}\n\n"
-            + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
+            + arms_table(columns, _entry, TREATMENTS, last)
         )
     return "\n".join(parts)
 
@@ -115,53 +105,36 @@ def _accuracies(score: Score) -> np.ndarray:
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
-    if arm not in column:
-        return "-"
     score = column[arm]
     percent = _accuracies(score)
     interval = noise.interval(noise.resampled(percent, np.mean))
     bold = arm in level(column, np.mean)
     return (
         f"{ranged(percent.mean(), interval, '.1f', bold=bold)} "
-        f"({score.num_failed}/{score.num_runs}) at {score.rate}"
+        f"{score.failures} at {score.rate}"
     )
 
 
 def _times_section(records: Sequence[Record]) -> str:
     """The last measurement of each cell."""
-    columns: dict[Cell, dict[str, Record]] = {}
+    columns: dict[str, dict[str, Record]] = {}
     for record in records:
-        cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
+        what = "{model}, width {width}, {}, {optimizer}"
+        cell = what.format(_norm(record["norm"]), **record)
         treatment, _, _ = record["arm"].partition(SEPARATOR)
         columns.setdefault(cell, {})[treatment] = record
-    arms = in_order(columns.values(), TREATMENTS)
-    rows = [
-        [
-            arm,
-            *(
-                "{:.3f} [{:.3f}, {:.3f}]".format(
-                    column[arm]["ratio"], *column[arm]["ratio_quartiles"]
-                )
-                if arm in column
-                else "-"
-                for column in columns.values()
-            ),
-        ]
-        for arm in arms
-    ]
-    head = [
-        "arm",
-        *(
-            f"{model}, width {width}, {_norm(norm)}, {optimizer}"
-            for model, width, norm, optimizer in columns
-        ),
-    ]
+
+    def entry(column: Mapping[str, Record], arm: str) -> str:
+        low, high = column[arm]["ratio_quartiles"]
+        return f"{column[arm]['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
     first = records[-1]
     return (
         "\n## Time of a step\n\nOf training (gradient and update) over that of arm "
         '"none", arms in turn in one process: median over rounds [quartiles]. '
         f"{first['data']}, batch {first['batch']}; {first['device']}, jax "
-        f"{first['jax']}; {first['date'][:10]}.\n\n{markdown_table(head, rows)}"
+        f"{first['jax']}; {first['date'][:10]}.\n\n"
+        + arms_table(columns, entry, TREATMENTS)
     )
 
 
@@ -219,10 +192,7 @@ def _curves_figure(table: Scores) -> Figure:
         ax.grid(alpha=0.3)
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
-    lines = [plt.Line2D([], [], **figures.line(FOCUS.index(arm))) for arm in arms]
-    figure.legend(
-        lines, arms, loc="outside right center", fontsize=8, title="median of"
-    )
+    figures.legend(figure, {arm: FOCUS.index(arm) for arm in arms})
     figure.suptitle(
         "Median over seeds; bands from lowest to highest; dotted: failed below",
         fontsize=10,
