@@ -127,6 +127,11 @@ def test_smoke_runs_resumes_and_is_reported(suite, tmp_path, capsys, monkeypatch
     assert all(picture.name in page for picture in pictures)
     for word in ("reported seeds 100 to 102", "jax", f"benchmarks report {suite}"):
         assert word in page
+    assert "Not finished" not in page
+    path.write_bytes(text[: len(text) - 9])
+    assert command.main(["report", suite, "--results", str(path)]) == 0
+    page = (tmp_path / f"{suite}.md").read_text()
+    assert f"**Not finished: {len(records) - 1} of {len(records)} runs.**" in page
 
 
 def _known(record):
