@@ -208,3 +208,9 @@ def test_a_rate_at_an_end_of_its_set_is_told():
     assert Score(runs, (0.01, 0.1)).rate == "1e-01 (end of its set)"
     assert Score(runs, (0.1, 1.0)).rate == "1e-01 (end of its set)"
     assert Score(runs).rate == "1e-01"
+
+
+def test_an_arm_of_fewer_cells_is_not_the_first():
+    table = {cell: dict(arms) for cell, arms in TABLE.items()}
+    table["1",]["perfect"] = score(0.09, 0.09, 0.09)
+    assert [r.arm for r in regret(table)] == ["A", "B", "C", "perfect"]

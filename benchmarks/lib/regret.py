@@ -54,6 +54,8 @@ class Regret:
 def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Regret]:
     """The regret of every arm, the best first: fewest failed cells, least worst cost.
 
+    Arms that were run in fewer cells come behind: less was asked of them.
+
     Args:
         table: best with the same arms in each cell, as `complete` gives them; an arm
             that misses some cells is compared in the others.
@@ -84,7 +86,7 @@ def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Reg
                 noise.interval(np.median(resampled[arm], axis=0)),
             )
         )
-    regrets.sort(key=lambda r: (len(r.failed), r.worst))
+    regrets.sort(key=lambda r: (-len(r.costs), len(r.failed), r.worst))
     return [_beside(regrets[0], r, table) for r in regrets]
 
 
@@ -149,9 +151,9 @@ def regret_table(
     whole = solvable(table)
     return (
         f"Regret over the {len(whole)} {cells} in which at least one arm never failed; "
-        f"the cost is {cost}. Arms of fewer cells are compared in those alone. In "
-        "brackets: the 95 % bootstrap interval over seeds; that of a maximum may lie "
-        "above it. Bold: level with the first row, its interval is met and p is above "
+        f"the cost is {cost}. Arms of fewer cells stand below and are compared in "
+        "those alone. In brackets: the 95 % bootstrap interval over seeds; that of a "
+        "maximum may lie above it. Bold: level with the first row, its interval is met and p is above "
         f"0.05 (not corrected for the number of arms).{_floors(whole, compare, digits)}"
         f"\n\n{markdown_table(head, rows)}"
     )
