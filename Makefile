@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs notebooks package release-check clean
+.PHONY: demo test test-all lint docs notebooks package clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo
@@ -29,6 +29,7 @@ notebooks: .venv/installed-notebooks
 	NOTEBOOKS_FAST=1 $(BIN)/python -m pytest --nbmake notebooks
 
 # All that must hold before a version is released.
+.PHONY: release-check
 release-check: docs package
 	$(BIN)/python tools/check_release.py
 
