@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs notebooks package clean
+.PHONY: demo test test-all test-lowest test-tpu lint docs notebooks package clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +13,18 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+
+# What a step moves on a TPU, as its compiler says; no TPU is needed.
+test-tpu: .venv/installed-tpu
+	$(BIN)/python -m pytest tests/test_compiled_cost.py
+
+# The tests with the lowest versions of jax and optax that pyproject.toml declares.
+LOWEST = $(shell sed -n 's/^dependencies = //p' pyproject.toml | tr -d '[]," ' | \
+	sed 's/>=/==/g; s/optax/ optax/')
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --editable ".[test]" $(LOWEST)
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -52,4 +64,4 @@ package: .venv/installed-package
 	touch $@
 
 clean:
-	rm -rf .venv out build dist
+	rm -rf .venv .venv-lowest out build dist

@@ -134,6 +134,8 @@ def run(options: Run, suite: Suite) -> int:
     path = options.results or runs.RESULTS / f"{suite.name}.jsonl"
     try:
         with runs.at_work(path, options.preset):
+            for first, *_ in preset.groups:  # missing data is told before the training
+                suite.training(first.settings, "reported")
             return run_grid(
                 preset,
                 partial(train_batch, suite.training, suite.keep),

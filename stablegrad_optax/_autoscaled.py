@@ -26,8 +26,8 @@ class GradientAutoscaledNormalizationState(NamedTuple):
 
     grad_std: jax.Array  # f[], the global standard deviation of the last update
     exponent: jax.Array  # f[], 0 until it is fixed
-    scale_factors: jax.Array  # f[leaves], alpha for each, 1 before the first update
-    leaf_ids: jax.Array  # u32[leaves], which leaf the factor belongs to
+    scale_factors: jax.Array  # f[slices], alpha for each, 1 before the first update
+    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
 
 
 def gradient_autoscaled_normalization(
@@ -58,10 +58,10 @@ def gradient_autoscaled_normalization(
     divided by a standard deviation, and steps only ever get shorter.
     **Our reading**, since its formulas are unknown to us: f, p, which leaves are
     eligible, and what happens at the edges. A weight is a floating leaf with at least
-    two axes and two elements. The exponent is fixed at the first update whose
-    :math:`\sigma` is finite and not zero. A leaf that is not finite harms itself alone:
-    it counts neither towards :math:`\sigma_t` nor towards the exponent. Where all
-    centred gradients are zero :math:`\alpha_t` is 1.
+    two axes and two elements whose own name is not ``bias``. The exponent is fixed at
+    the first update whose :math:`\sigma` is finite and not zero. A leaf that is not
+    finite harms itself alone: it counts neither towards :math:`\sigma_t` nor towards
+    the exponent. Where all centred gradients are zero :math:`\alpha_t` is 1.
 
     **When to use it**: with SGD, where the scalar acts in full. **When not**: as a
     protection from spikes, for a larger :math:`\sigma` gives a larger
@@ -90,9 +90,10 @@ def gradient_autoscaled_normalization(
 
     Raises:
       ValueError: At construction for an unknown ``autoscale`` or an ``exponent``
-        outside its range; in ``init`` or ``update`` for a ``mask`` that does not fit
-        the tree; in ``update`` if a gradient is an integer, if the tree's leaves are
-        not those of ``init``, or if ``autoscale`` returns no real scalar.
+        outside its range; in ``init`` or ``update`` for a ``mask`` or ``stacked_axes``
+        that does not fit the tree; in ``update`` if a gradient is an integer, if the
+        gradients are not those of the parameters, or if ``autoscale`` returns no real
+        scalar.
 
     Examples:
       >>> import jax.numpy as jnp, optax

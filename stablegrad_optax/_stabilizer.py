@@ -15,17 +15,16 @@ from stablegrad_optax._numerics import divide
 class GradientStabilizerState(NamedTuple):
     """State of :func:`gradient_stabilizer`: one vector per statistic.
 
-    A vector has one entry per chosen leaf, in the order of the tree; with
-    ``per_leaf=False`` the statistics have one for all leaves together. Floats are
-    float32, or float64 where the tree holds double precision leaves. Read the factors
-    with :func:`scale_factors`.
+    A vector has one entry per slice of each chosen leaf, in the order of the tree;
+    floats are float32, or float64 where the tree holds double precision leaves. Read
+    the factors with :func:`scale_factors`.
     """
 
-    norm_mean: jax.Array  # f[norms], running mean of the norm, bias-corrected
-    norm_rms: jax.Array  # f[norms], running root mean square of it, bias-corrected
-    num_accepted: jax.Array  # i32[norms], how many norms they have seen
-    scale_factors: jax.Array  # f[leaves], 1 before the first update
-    leaf_ids: jax.Array  # u32[leaves], which leaf the factor belongs to
+    norm_mean: jax.Array  # f[slices], running mean of the norm, bias-corrected
+    norm_rms: jax.Array  # f[slices], running root mean square of it, bias-corrected
+    num_accepted: jax.Array  # i32[slices], how many norms they have seen
+    scale_factors: jax.Array  # f[slices], 1 before the first update
+    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
 
 
 def gradient_stabilizer(
@@ -58,18 +57,19 @@ def gradient_stabilizer(
     :math:`(1-\gamma_1) / \sqrt{1-\gamma_2} / \sqrt{1-\gamma_1^2/\gamma_2}` in general;
     and at a step with :math:`R \ge \kappa m`
     :math:`\rho \le (1-\gamma_1 + \gamma_1/\kappa) / \sqrt{1-\gamma_2}`.
-    **The released code's**: bias correction, ``eps``, every leaf counts, biases too; a
-    leaf that is zero or not finite passes unchanged, and its statistics stand still.
-    **Ours**: ``per_leaf=False``, ``nonfinite="zero"``, ``max_norm_ratio``, ``mask``,
-    statistics in float32 (float64 for double precision leaves) that neither overflow
-    nor underflow for norms from 1e-36 to 1e37 in any dtype, and, by Cauchy and Schwarz,
-    the bound of the bias-corrected form at step t, :math:`\rho^2 \le \sum_j a_j^2/b_j`
-    with :math:`a_j = (1-\gamma_1)\gamma_1^j / (1-\gamma_1^t)` and :math:`b_j` alike:
-    1, 1.59, 4.88 and 12.58 at steps 1, 10, 100 and 1000.
+    **The released code's**: bias correction, ``eps`` (beside the uncorrected root where
+    there is none), every leaf counts, biases too; a leaf that is zero or not finite
+    passes unchanged, and its statistics stand still. **Ours**: ``max_norm_ratio``,
+    ``mask``, ``stacked_axes``, statistics in float32 (float64 for double precision
+    leaves) that neither overflow nor underflow for norms from 1e-36 to 1e37 in any
+    dtype, and, by Cauchy and Schwarz, the bound of the bias-corrected form at step t,
+    :math:`\rho^2 \le \sum_j a_j^2/b_j` with :math:`a_j = (1-\gamma_1)\gamma_1^j /
+    (1-\gamma_1^t)` and :math:`b_j` alike: 1, 1.59, 4.88 and 12.58 at steps 1, 10, 100
+    and 1000.
 
     **When to use it**: gradients that spike, with ``max_norm_ratio``. The paper also
     names low precision and weight decay that is added to the gradient; our small
-    benchmarks (``python -m benchmarks.spikes``) show no gain there over a clip beyond
+    benchmarks (``python -m benchmarks run spikes``) show no gain there over a clip beyond
     the spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
     cancels; deep nets without normalisation did not train with it in our runs where
     :func:`stablegrad` did; and the steps of SGD no longer shrink with the gradient, so
@@ -94,16 +94,13 @@ def gradient_stabilizer(
     ==============  =====  ========  ==========  ============  ============
 
     Args:
-      gamma1: Decay of the mean norm, in [0, 1).
+      gamma1: Decay of the mean norm, in [0, 1). An array of 1 (``inject_hyperparams``
+        casts .999 to the dtype of a bfloat16 tree; its ``hyperparam_dtype`` keeps it)
+        is taken as the largest float32 below.
       gamma2: Decay of the mean squared norm, in [0, 1).
       eps: A numerical floor for the norm, at least 0. Leaves whose norms fall below it
         fade: 1e-30 where gradients vanish, 0 is safe.
       bias_correction: ``False`` is the paper's Algorithm 1.
-      per_leaf: ``False`` takes one norm over all chosen leaves and scales them alike; a
-        single entry that is not finite then makes the whole gradient not finite.
-      nonfinite: ``"propagate"`` passes a leaf that is not finite unchanged, ``"zero"``
-        makes it zero. Its statistics stand still either way. Zeroing selects on
-        the entries and costs some run time.
       max_norm_ratio: Feeds the statistics at most this many times the current mean
         norm; above 1. A single spike is then forgotten, see the table; a norm that
         stays high is followed within some steps. Default: no limit, as published.
@@ -115,13 +112,14 @@ def gradient_stabilizer(
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`GradientStabilizerState`.
-      :func:`scale_factors` reads :math:`\rho / R` from it, and for a leaf that stood
-      still what it was multiplied by: 1, or 0 if it was zeroed.
+      :func:`scale_factors` reads :math:`\rho / R` from it, and 1 for a leaf that stood
+      still.
 
     Raises:
       ValueError: At construction for an argument outside its range; in ``init`` or
-        ``update`` for a ``mask`` that does not fit the tree; in ``update`` if a
-        gradient is an integer, or if the tree's leaves are not those of ``init``.
+        ``update`` for a ``mask`` or ``stacked_axes`` that does not fit the tree; in
+        ``update`` if a gradient is an integer, or if the gradients are not those of the
+        parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -154,8 +152,7 @@ def gradient_stabilizer(
 
       Float16 gradients and dynamic loss scaling: take the scale out in float32, since
       a change of it is no change of the gradient's norm, and let ``apply_if_finite``
-      skip the steps that overflow (``nonfinite="zero"`` would hide them from it). A
-      skipped step leaves every statistic as it was.
+      skip the steps that overflow. A skipped step leaves every statistic as it was.
 
       >>> tx = optax.chain(gradient_stabilizer(), optax.sgd(0.1))
       >>> tx = optax.apply_if_finite(tx, max_consecutive_errors=8)

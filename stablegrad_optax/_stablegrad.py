@@ -1,12 +1,10 @@
 """StableGrad: each weight's gradient at a reference standard deviation."""
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from stablegrad_optax import _leaves, _slices, _statistics
@@ -64,16 +62,19 @@ def stablegrad(
     beside its mean is not blown up: no scaled weight's RMS exceeds ten references),
     ``mask``, ``stacked_axes`` and ``max_reference_growth``.
 
-    A *weight* is a floating leaf with at least two axes and two elements. A leaf that
-    is not a weight, a bias say, follows the weights under its own parent node: it takes
-    their factor, or, where there are several, the reference divided by their pooled
-    spread :math:`\sqrt{\sum n\, d^2 / \sum n}`. It passes unchanged where its parent
-    holds no weight. A weight whose gradient is zero has no scale to share: it stays
-    zero, and its factor, and that of those who follow it alone, is 1.
+    A *weight* is a floating leaf with at least two axes and two elements whose own name
+    is not ``bias`` (Flax's attention biases have two axes, Equinox's convolutions'
+    three). A leaf that is not a weight follows the weights under its own parent node:
+    it takes their factor, or, where there are several, the reference divided by their
+    pooled spread :math:`\sqrt{\sum n\, d^2 / \sum n}`. It passes unchanged where its
+    parent holds no weight. A weight whose gradient is zero has no scale to share: it
+    stays zero, and its factor, and that of those who follow it alone, is 1.
 
-    Statistics are taken in float32 (float64 for double precision leaves) and are right
-    to 1e-5 relative for standard deviations from 1e-36 to 1e37; a scaled leaf has its
-    own dtype. A leaf that is not finite harms itself and its followers only.
+    Statistics are taken in float32 (float64 for double precision leaves), for standard
+    deviations from 1e-36 to 1e37: right to 1e-5 relative where the mean is at most two
+    deviations, to 1e-3 up to the floor. A scaled leaf has its own dtype; it saturates
+    where that has no infinity (float8). A leaf that is not finite harms itself and its
+    followers only.
 
     What leaves of each dtype and extreme become with the reference 1 (below 1e-30 the
     default ``eps`` stands in the way, outside the range XLA's flushing of subnormal
@@ -120,13 +121,14 @@ def stablegrad(
         the paper's letter; in our runs momentum SGD failed with it on deep nets, while
         most PINNs of 4 to 8 layers with small initial weights did better.
       mask: Which leaves are weights, instead of the rule above: a pytree of bools that
-        is the gradient's tree or a prefix of it, or a callable that makes one from the
-        tree. Leaves below a prefix ``True`` are each a weight of their own.
+        is the gradient's tree or a prefix of it, or a function that makes one from the
+        tree (a pytree that can be called, an Equinox module, is a pytree). Leaves below
+        a prefix ``True`` are each a weight of their own.
       stacked_axes: How many leading axes of a leaf index separate layers (``nn.scan``,
         ``nnx.vmap``, vmapped ensembles): each slice has its own statistic and factor.
-        An int for all leaves, a pytree (prefix) of ints, or a callable that makes one.
-        ``optax.inject_hyperparams`` must be told that it, like a callable ``mask``, is
-        structural: ``static_args=("stacked_axes", "mask")``.
+        An int for all leaves, a pytree (prefix) of ints, or a function that makes one.
+        ``optax.inject_hyperparams`` must be told that it, like a function as ``mask``,
+        is structural: ``static_args=("stacked_axes", "mask")``.
       max_reference_growth: Limits the reference to this many times its own running
         mean (decay 0.95 a step, bias-corrected, fed with the limited value); above 1.
         A live ``prediction_grad_std`` grows with the loss and passes its spikes
@@ -141,7 +143,8 @@ def stablegrad(
       ValueError: At construction for a number outside its range; in ``init`` or
         ``update`` for a ``mask`` or ``stacked_axes`` that does not fit the tree; in
         ``update`` if there is no reference, if a gradient is an integer, or if the
-        tree's slices are not those of ``init``.
+        gradients are not those of the parameters: the transformation belongs behind
+        the aggregation where each example has a gradient of its own.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -262,60 +265,29 @@ def _shared(spreads: jax.Array, layout: _leaves.Layout) -> jax.Array:
     those that are stacked like it, and the whole of the others.
     """
     places = dict(zip(layout.weights, _slices.places(layout.weights), strict=True))
-    num_values = spreads.size
-    pools: list[_Pool] = []
+    values, num_values = [spreads], spreads.size
     found: dict[tuple[Any, ...], _slices.Indices] = {}
-    chosen: list[_slices.Indices] = [np.zeros(0, np.int64)]
     for leaf, sources in layout.sources.items():
         key = (sources, leaf.stack)
-        if key not in found:
-            pool = _pool_of(leaf, sources, places)
-            if len(pool.rows) == 1:
-                found[key] = pool.rows[0]
-            else:
-                found[key] = num_values + np.arange(leaf.num_slices)
-                num_values += leaf.num_slices
-                pools.append(pool)
-        chosen.append(found[key])
-    if pools:
-        spreads = jnp.concatenate([spreads, _pooled(spreads, pools)])
-    return spreads[np.concatenate(chosen)]
-
-
-class _Pool(NamedTuple):
-    """Which spreads a follower's slices share, and the share of each."""
-
-    rows: _slices.Indices  # [k, slices]
-    shares: npt.NDArray[np.float64]  # [k, slices]
-
-
-def _pool_of(
-    leaf: _leaves.Leaf,
-    sources: Sequence[_leaves.Leaf],
-    places: Mapping[_leaves.Leaf, _slices.Indices],
-) -> _Pool:
-    rows, sizes = [], []
-    for source in sources:
-        alike = source.stack == leaf.stack
-        row = places[source][None] if alike else places[source][:, None]
-        rows.append(np.broadcast_to(row, (len(row), leaf.num_slices)))
-        sizes.append(np.full(rows[-1].shape, float(source.slice_size)))
-    size = np.concatenate(sizes)
-    return _Pool(np.concatenate(rows), size / size.sum(0))
-
-
-def _pooled(spreads: jax.Array, pools: Sequence[_Pool]) -> jax.Array:
-    """``sqrt(sum n d^2 / sum n)`` over the rows of each pool, one after another."""
-    most = max(len(pool.rows) for pool in pools)
-
-    def side_by_side(columns: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        return np.concatenate(
-            [np.pad(each, ((0, most - len(each)), (0, 0))) for each in columns], 1
+        if key in found:
+            continue
+        of_sources = [
+            places[source].reshape((1, -1) if source.stack == leaf.stack else (-1, 1))
+            for source in sources
+        ]
+        rows = np.concatenate(
+            [np.broadcast_to(of, (len(of), leaf.num_slices)) for of in of_sources]
         )
-
-    rows = side_by_side(pool.rows for pool in pools)
-    shares = side_by_side(pool.shares for pool in pools)
-    return _statistics.pooled(jnp.where(shares == 0, 0, spreads[rows]), shares)
+        found[key] = rows[0]
+        if len(rows) > 1:
+            sizes = np.repeat([s.slice_size for s in sources], [*map(len, of_sources)])
+            shares = (sizes / sizes.sum())[:, None]
+            values.append(_statistics.pooled(spreads[rows], shares))
+            found[key] = num_values + np.arange(leaf.num_slices)
+            num_values += leaf.num_slices
+    chosen = [found[sources, leaf.stack] for leaf, sources in layout.sources.items()]
+    everything = _slices.concatenate(values)
+    return everything[np.concatenate([np.zeros(0, np.int64), *chosen])]
 
 
 def _limit(

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import programs, report, suite, timing, trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS, Arm
-from benchmarks.vision.models import ResNet
+from benchmarks.tasks.images.models import ResNet
 
 # Large leaves, as matrices and as convolutions: their sums are kernels of their own
 # kind on a CPU (YNNPACK).
@@ -112,6 +112,8 @@ def test_trees_are_those_that_they_name():
         "c": (2000, 2_048_000),
         "d": (1, 100_000_000),
         "e": (65, 32_864),
+        "f": (400, 409_600),
+        "g": (74, 42_528_768),
     }
 
 

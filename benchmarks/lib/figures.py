@@ -48,6 +48,14 @@ def line(index: int) -> dict[str, str]:
     }
 
 
+def legend(figure: Figure, arms: Mapping[str, int]) -> None:
+    """Names arms beside the panels: arm -> its place, as in `line`."""
+    lines = [plt.Line2D([], [], **line(index)) for index in arms.values()]
+    figure.legend(
+        lines, list(arms), loc="outside right center", fontsize=8, title="median of"
+    )
+
+
 def failure_line(ax: Axes, failure: float) -> None:
     """The error above which a run has failed."""
     ax.axhline(failure, color="0.5", linewidth=1, linestyle=":")

@@ -77,8 +77,10 @@ def read(path: Path) -> list[Record]:
     for number, record in enumerate(records, start=1):
         kinds = _KEYS if record.get("phase") == "timing" else _KEYS | _KEYS_OF_RUN
         for key, kind in kinds.items():
-            if not isinstance(record.get(key, ...), kind):
-                raise _not_a_run(path, number, f"its {key} is {record.get(key)!r}")
+            if key not in record:
+                raise _not_a_run(path, number, f"it has no {key}")
+            if not isinstance(record[key], kind):
+                raise _not_a_run(path, number, f"its {key} is {record[key]!r}")
     return records
 
 

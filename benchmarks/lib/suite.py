@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from benchmarks.lib.arms import Arm
 from benchmarks.lib.runs import Phase, Record, Run, Settings, capped_error
 from benchmarks.lib.train import Curves, Training
 
@@ -125,6 +126,35 @@ class Entry:
 
     def num_runs(self, protocol: Protocol) -> int:
         return len(self.tuning(protocol)) + len(protocol.reported_seeds)
+
+
+def entries(
+    preset: str,
+    cell: Settings,
+    arms: Iterable[str],
+    rates: Callable[[Arm], tuple[float, ...]] = lambda arm: arm.rates,
+    *,
+    cost: float = 1.0,
+) -> list[list[Entry]]:
+    """Every arm in one cell, each a group of its own.
+
+    Args:
+        preset: its name.
+        cell: what is trained, whatever the arm.
+        arms: their names.
+        rates: arm -> the learning rates to choose from; by default the optimizer's.
+        cost: as in `Entry`.
+    """
+    return [
+        [
+            Entry(
+                {"preset": preset, **cell, "optimizer": arm.optimizer, "arm": arm.name},
+                rates(arm),
+                cost,
+            )
+        ]
+        for arm in map(Arm.of, arms)
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ A cell is what is trained, whatever the arm; its name is a tuple of settings.
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from benchmarks.lib.arms import SEPARATOR
+from benchmarks.lib.arms import SEPARATOR, in_order
 from benchmarks.lib.runs import Record, capped_error
 from benchmarks.lib.suite import Choice, lowest_median
 
@@ -43,6 +44,10 @@ class Score:
     @property
     def learning_rate(self) -> float:
         return self.records[0]["learning_rate"]
+
+    @property
+    def failures(self) -> str:
+        return f"({self.num_failed}/{self.num_runs})"
 
     @property
     def ms_per_step(self) -> float:
@@ -271,6 +276,25 @@ def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
         "Fisher's p",
     ]
     return markdown_table(head, rows, num_names=2) if rows else ""
+
+
+def arms_table(
+    columns: Mapping[str, Mapping[str, Any]],
+    entry: Callable[[Mapping[str, Any], str], str],
+    first: Iterable[str],
+) -> str:
+    """Markdown: a line an arm, "-" where a column lacks it.
+
+    Args:
+        columns: head -> arm -> what was found.
+        entry: (column, arm) -> what is written.
+        first: the arms that come first; the others follow as in the vocabulary.
+    """
+    rows = [
+        [arm, *(entry(c, arm) if arm in c else "-" for c in columns.values())]
+        for arm in in_order(columns.values(), first)
+    ]
+    return markdown_table(["arm", *columns], rows)
 
 
 def markdown_table(

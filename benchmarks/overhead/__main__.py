@@ -5,6 +5,9 @@ and all-reduces of the compiled programs; time to compile; whole training steps.
 result is shown as it comes and kept as a JSON line; a command that was stopped goes on
 where it was. Tables and a figure stand beside the lines in the end. All of it takes
 about an hour on 2 idle cores; the times mean nothing while others use the machine.
+
+With --compiled nothing is executed: the compiler of a TPU v5e or an H100, which needs
+neither, says what a step would move, launch and keep there.
 """
 
 import sys
@@ -13,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")  # figures are saved, no window opens
@@ -21,10 +25,12 @@ from rich.console import Console
 
 from benchmarks.lib.command_line import fail, parse
 from benchmarks.lib.runs import RESULTS
-from benchmarks.overhead import report
+from benchmarks.overhead import compilers, report
 from benchmarks.overhead.arms import ARMS, BASELINE, LEFT_OUT, OURS
-from benchmarks.overhead.suite import COMPILED, Record, Suite
+from benchmarks.overhead.suite import COMPILED, CROSS_COMPILED, Record, Suite
 
+TIMED_TREES = ("e", "a", "d", "b", "c")
+COMPILED_TREES = ("d", "e", "g", "a", "b", "f")
 PROG = "python -m benchmarks.overhead"
 
 
@@ -35,10 +41,15 @@ class Options:
     ] = ("kernels", "sharded", "updates", "training", "compile")
     """What is measured, in this order."""
 
-    trees: tuple[Literal["a", "b", "c", "d", "e"], ...] = ("e", "a", "d", "b", "c")
+    compiled: Literal["tpu", "gpu"] | None = None
+    """Compile for this machine in place of all other parts. Needs the extra of its
+    name: jax[tpu], jax[cuda12]."""
+
+    trees: tuple[Literal["a", "b", "c", "d", "e", "f", "g"], ...] = ()
     """a: ResNet-50, 161 leaves, 26 million parameters. b: GPT-2 small, 148 leaves, 124
     million. c: 2000 leaves of 1024. d: one leaf of 100 million. e: the 65 leaves of the
-    demo's network."""
+    demo's network. f: 400 leaves of 1024. g: 6 blocks of GPT-2. By default a to e; with
+    --compiled all but c."""
 
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (
         "float32",
@@ -69,6 +80,15 @@ def main(args: Sequence[str] | None = None) -> int:
         fail(PROG, f"--rounds must be at least 2, got {options.rounds}")
     if min(options.leaves, default=1) < 1:
         fail(PROG, f"--leaves must be at least 1, got {min(options.leaves)}")
+    if options.compiled:
+        if message := compilers.missing(options.compiled):
+            fail(PROG, message)
+        # Else JAX looks for the machine whose compiler is here.
+        jax.config.update("jax_platforms", "cpu")
+    if not options.trees:
+        options = replace(
+            options, trees=COMPILED_TREES if options.compiled else TIMED_TREES
+        )
     if options.quick:
         options = replace(
             options,
@@ -94,6 +114,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _measure(suite: Suite, options: Options) -> Iterator[list[Record]]:
+    if options.compiled:
+        for tree in options.trees:
+            for dtype in options.dtypes:
+                yield suite.compiled(options.compiled, tree, dtype, CROSS_COMPILED)
+        return
     yield suite.machine()
     for part in options.parts:
         if part == "kernels":

@@ -1,22 +1,16 @@
 """What a compiled step consists of: memory, kernels, collectives, time to compile."""
 
-import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from benchmarks.overhead import trees
+from benchmarks.overhead import costs, trees
 from benchmarks.overhead.arms import Arm
-
-# Instructions of a program that cost nothing when it runs.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-_INSTRUCTION = re.compile(r" = (?:\([^=]*?\)|\S+) ([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 class State(NamedTuple):
@@ -53,7 +47,27 @@ def abstract_state(arm: Arm, tree: trees.Tree) -> State:
 
 def compile_step(arm: Arm, tree: trees.Tree) -> jax.stages.Compiled:
     """For a tree of arrays or of `jax.ShapeDtypeStruct`."""
-    return step_of(arm).lower(tree, abstract_state(arm, tree), tree).compile()
+    return lower(arm, tree).compile()
+
+
+def lower(
+    arm: Arm,
+    tree: trees.Tree,
+    sharding_of: Callable[[jax.ShapeDtypeStruct], Sharding | None] = lambda leaf: None,
+) -> jax.stages.Lowered:
+    """The step, traced.
+
+    Args:
+        arm: what takes the step.
+        tree: gradients and parameters, of arrays or of `jax.ShapeDtypeStruct`.
+        sharding_of: where a leaf of the tree or of a state of its shape lies.
+    """
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
+
+    tree, state = jax.tree.map(place, (tree, abstract_state(arm, tree)))
+    return step_of(arm).lower(tree, state, tree)
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
@@ -62,7 +76,7 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 class Kernels(NamedTuple):
-    """Instructions that cost something, the branches of conditionals apart."""
+    """Instructions of a kind, those in the branches of conditionals apart."""
 
     always: int
     branches: int
@@ -70,17 +84,8 @@ class Kernels(NamedTuple):
 
 def kernels(compiled: jax.stages.Compiled) -> Kernels:
     """How many kernels the program launches, copies and collectives included."""
-    counts, computation, called, entry = {}, "", set(), ""
-    for line in compiled.as_text().splitlines():
-        if head := _COMPUTATION.match(line):
-            computation = head[2]
-            counts[computation] = 0
-            entry = computation if head[1] else entry
-        elif (found := _INSTRUCTION.search(line)) and computation:
-            counts[computation] += found[1] not in _FREE
-            called.update(_CALLED.findall(line))
-    always = counts.pop(entry)
-    return Kernels(always, sum(n for name, n in counts.items() if name not in called))
+    program = costs.count(compiled.as_text())
+    return Kernels(program.always.kernels, program.branches.kernels)
 
 
 def kernels_per_leaf(
@@ -106,31 +111,45 @@ class CompileTime(NamedTuple):
 def compile_time(arm: Arm, num_leaves: int) -> CompileTime:
     """Of a step for equal leaves, from the function to the executable."""
     tree = trees.abstract(trees.equal(num_leaves), jnp.dtype("float32"))
-    state = abstract_state(arm, tree)
+    _, times = timed_compilation(lambda: lower(arm, tree))
+    return times
+
+
+def timed_compilation(
+    trace: Callable[[], jax.stages.Lowered],
+) -> tuple[jax.stages.Compiled, CompileTime]:
+    """Traces and compiles, with empty caches."""
     jax.clear_caches()
     begin = time.process_time()
-    lowered = step_of(arm).lower(tree, state, tree)
+    lowered = trace()
     traced = time.process_time()
-    lowered.compile()
-    return CompileTime(traced - begin, time.process_time() - traced)
+    compiled = lowered.compile()
+    done = time.process_time()
+    return compiled, CompileTime(traced - begin, done - traced)
+
+
+def sharded_over(mesh: Mesh) -> Callable[[jax.ShapeDtypeStruct], NamedSharding]:
+    """Leaves are cut along their last dimensions, one an axis of the mesh.
+
+    Vectors, and leaves that the mesh does not divide, lie on every device.
+    """
+    axes = tuple(mesh.shape)
+
+    def sharding_of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        cut = leaf.shape[-len(axes) :]
+        whole = any(n % mesh.shape[axis] for n, axis in zip(cut, axes, strict=False))
+        if leaf.ndim < 2 or whole:
+            return NamedSharding(mesh, PartitionSpec())
+        spec = PartitionSpec(*[None] * (leaf.ndim - len(axes)), *axes)
+        return NamedSharding(mesh, spec)
+
+    return sharding_of
 
 
 def all_reduces(arm: Arm, num_leaves: int, width: int = 256) -> Kernels:
     """Collectives of a step for square leaves that are sharded over all devices."""
     mesh = jax.make_mesh((jax.device_count(),), ("shards",))
-    sharding = NamedSharding(mesh, PartitionSpec("shards"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        where = sharding if leaf.ndim == 2 else everywhere
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
     shapes = trees.equal(num_leaves, (width, width))
     tree = trees.abstract(shapes, jnp.dtype("float32"))
-    tree, state = jax.tree.map(place, (tree, abstract_state(arm, tree)))
-    text = step_of(arm).lower(tree, state, tree).compile().as_text()
-    entry = text[text.index("\nENTRY") :]
-    in_entry, everything = (
-        len(re.findall(r" all-reduce(?:-start)?\(", part)) for part in (entry, text)
-    )
-    return Kernels(in_entry, everything - in_entry)
+    program = costs.count(lower(arm, tree, sharded_over(mesh)).compile().as_text())
+    return Kernels(program.always.all_reduces, program.branches.all_reduces)

@@ -16,7 +16,15 @@ import optax
 
 import stablegrad_optax
 from benchmarks.lib import machine, runs
-from benchmarks.overhead import programs, sharded, steps, timing, trees
+from benchmarks.overhead import (
+    compiled,
+    compilers,
+    programs,
+    sharded,
+    steps,
+    timing,
+    trees,
+)
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
 
 Record = dict[str, Any]
@@ -30,8 +38,10 @@ NAMES = {
     "compile": ("leaves", "arm"),
     "sharded": ("leaves", "arm"),
     "training": ("network", "arm"),
+    "compiled": ("target", "tree", "dtype", "arm"),
 }
 COMPILED = (BASELINE, *OURS, "clip_by_global_norm")
+CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip")
 
 
 def key_of(record: Record) -> Key:
@@ -149,11 +159,32 @@ class Suite:
             for record in missing
         )
 
+    def compiled(
+        self, target: str, tree: str, dtype: str, arms: Sequence[str]
+    ) -> list[Record]:
+        """Each result is kept at once; what could not be compiled is tried again."""
+        wanted = [
+            {"kind": "compiled", "target": target, "tree": tree}
+            | {"dtype": dtype, "arm": arm}
+            for arm in arms
+        ]
+        found = []
+        for record in self._missing(wanted):
+            title, shapes_of = trees.TREES[tree]
+            self._say(f"{title}, {dtype}, for a {target.upper()}: {record['arm']}")
+            abstract = trees.abstract(shapes_of(), jnp.dtype(dtype))
+            numbers = compiled.measure(
+                compilers.load(target), ARMS[record["arm"]], abstract
+            )
+            found += self._add([record | numbers])
+        return found
+
     def _missing(self, wanted: Iterable[Record]) -> list[Record]:
         def is_there(record: Record) -> bool:
             found = self._records.get(key_of(record))
-            rounds = self._rounds if found is None else found.get("rounds")
-            return found is not None and (rounds is None or rounds >= self._rounds)
+            if found is None or "error" in found:
+                return False
+            return found.get("rounds", self._rounds) >= self._rounds
 
         return [record for record in wanted if not is_there(record)]
 

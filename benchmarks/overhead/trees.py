@@ -38,17 +38,22 @@ def resnet50() -> Shapes:
 
 def gpt2() -> Shapes:
     """GPT-2 small: 12 blocks of width 768, the output tied to the embedding."""
-    width = 768
+    embeddings = {
+        "tokens": {"embedding": (50257, 768)},
+        "positions": {"embedding": (1024, 768)},
+    }
+    return embeddings | decoder(12)
+
+
+def decoder(blocks: int = 6, width: int = 768) -> Shapes:
+    """GPT-2's blocks and last norm alone; leaf by leaf, 6 fit into a TPU's VMEM."""
     norm = {"bias": (width,), "scale": (width,)}
 
     def dense(inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
         return {"kernel": (inputs, outputs), "bias": (outputs,)}
 
-    shapes: Shapes = {
-        "tokens": {"embedding": (50257, width)},
-        "positions": {"embedding": (1024, width)},
-    }
-    for block in range(12):
+    shapes: Shapes = {}
+    for block in range(blocks):
         shapes |= {
             f"block{block}_norm0": norm,
             f"block{block}_qkv": dense(width, 3 * width),
@@ -78,7 +83,14 @@ TREES: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "c": ("2000 leaves of 1024", lambda: equal(2000)),
     "d": ("one leaf of 1e8", lambda: equal(1, (10_000, 10_000))),
     "e": ("PINN, depth 32", pinn),
+    "f": ("400 leaves of 1024", lambda: equal(400)),
+    "g": ("decoder, 6 layers", decoder),
 }
+
+
+def label(tree: str) -> str:
+    """The tree's letter and title."""
+    return f"({tree}) {TREES[tree][0]}"
 
 
 def size(shapes: Shapes) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Physics-informed networks under every optimizer, from six laws of initial weights."""
 
 from functools import cache
-from itertools import product
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from benchmarks.lib.suite import (
     Preset,
     Protocol,
     Suite,
+    entries,
     lowest_worst_with_margin,
 )
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
@@ -108,14 +108,17 @@ def _groups(
             side by side, as suits a GPU.
     """
     groups: dict[tuple, list[Entry]] = {}
-    for (index, cell), name in product(enumerate(cells), arms):
-        arm = Arm.of(name)
-        settings = {"preset": preset, **cell, "optimizer": arm.optimizer, "arm": name}
-        of_arm = RATES.get(name, arm.rates) if rates is None else (rates[index],)
-        # A step's work grows with the number of kernels.
-        entry = Entry(settings, of_arm, cost=cell["steps"] * (cell["depth"] + 1))
+    for index, cell in enumerate(cells):
+
+        def rates_of(arm: Arm, index: int = index) -> tuple[float, ...]:
+            tuned = RATES.get(arm.name, arm.rates)
+            return tuned if rates is None else (rates[index],)
+
         shape = tuple(v for key, v in cell.items() if not (joined and key == "init"))
-        groups.setdefault((*shape, name), []).append(entry)
+        # A step's work grows with the number of kernels.
+        cost = cell["steps"] * (cell["depth"] + 1)
+        for (entry,) in entries(preset, cell, arms, rates_of, cost=cost):
+            groups.setdefault((*shape, entry.settings["arm"]), []).append(entry)
     return list(groups.values())
 
 

@@ -8,15 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib import figures
-from benchmarks.lib.arms import among, in_order, pairs
+from benchmarks.lib.arms import among, pairs
 from benchmarks.lib.pages import Page
 from benchmarks.lib.runs import Record
 from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
+    arms_table,
     complete,
-    markdown_table,
     regret,
     regret_table,
     versus_table,
@@ -131,27 +131,21 @@ def _error_tables(table: Scores) -> str:
     parts = []
     for (problem, activation, init, width, steps), by_depth in blocks.items():
         depths = sorted(by_depth)
-        columns = [table[by_depth[depth]] for depth in depths]
-        arms = in_order(columns, ARMS)
-        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        columns = {f"depth {depth}": table[by_depth[depth]] for depth in depths}
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
             "Median error (failed runs) at the learning rate:\n\n"
-            + markdown_table(["arm", *(f"depth {depth}" for depth in depths)], rows)
+            + arms_table(columns, _entry, ARMS)
         )
     return "\n".join(parts)
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
-    if arm not in column:
-        return "-"
     score = column[arm]
     best = min(other.median for other in column.values())
     median = f"{score.median:.3g}"
     median = f"**{median}**" if score.median <= 1.05 * best else median
-    return (
-        f"{median} ({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
-    )
+    return f"{median} {score.failures} at {score.learning_rate:.0e}"
 
 
 # Figures
@@ -219,7 +213,7 @@ def _depth_figure(table: Scores) -> Figure:
         axes[0, 0].set_ylim(top=60)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
-    _legend(figure, arms)
+    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
     figure.suptitle(
         "Error against depth; crosses: some runs failed, above: how many", fontsize=11
     )
@@ -290,7 +284,7 @@ def _curves_figure(table: Scores) -> Figure:
         by_time.set_title(
             "each arm at its own rate and speed, runs side by side", fontsize=9
         )
-    _legend(figure, arms)
+    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
     figure.suptitle("Median over seeds; bands from lowest to highest", fontsize=11)
     return figure
 
@@ -345,13 +339,6 @@ def _layer_stds(
 def _title(cell: Cell) -> str:
     problem, activation, init, depth, *_ = cell
     return f"{problem}, {activation}, {init}, depth {depth}"
-
-
-def _legend(figure: Figure, arms: Sequence[str]) -> None:
-    lines = [plt.Line2D([], [], **figures.line(i)) for i in range(len(arms))]
-    figure.legend(
-        lines, arms, loc="outside right center", fontsize=8, title="median of"
-    )
 
 
 PAGE = Page(

@@ -2,12 +2,12 @@
 
 import math
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from benchmarks.lib.arms import Arm, pairs
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
-from benchmarks.lib.suite import Entry, Preset, Protocol, Suite
+from benchmarks.lib.suite import Entry, Preset, Protocol, Suite, entries
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.images import digits
@@ -83,34 +83,19 @@ class Cell:
 
 def _groups(preset: str, cells: tuple[Cell, ...]) -> list[list[Entry]]:
     """The entries, each a group."""
-    return [
-        [entry]
-        for cell in cells
-        for arm in pairs(cell.treatments, [cell.optimizer])
-        for entry in _entries(preset, cell, arm)
-    ]
-
-
-def _entries(preset: str, cell: Cell, arm: str) -> list[Entry]:
-    settings = {
-        "preset": preset,
-        "task": cell.task,
-        "size": cell.size,
-        "numbers": cell.numbers,
-        "disturbance": cell.disturbance,
-        "spike": cell.spike,
-        "weight_decay": cell.weight_decay,
-        "optimizer": cell.optimizer,
-        "batch": cell.batch,
-        "steps": cell.steps,
-        "arm": arm,
-    }
-    if cell.tuned:
-        return [Entry({**settings, "rate": "tuned"}, cell.rates, cell.steps)]
-    return [
-        Entry({**settings, "rate": f"{rate:g}"}, (rate,), cell.steps)
-        for rate in cell.rates
-    ]
+    groups = []
+    for cell in cells:
+        of_cell = asdict(cell)
+        arms = pairs(of_cell.pop("treatments"), [cell.optimizer])
+        sets = {f"{rate:g}": (rate,) for rate in of_cell.pop("rates")}
+        if of_cell.pop("tuned"):
+            sets = {"tuned": cell.rates}
+        for name, rates in sets.items():
+            settings = {**of_cell, "rate": name}
+            groups += entries(
+                preset, settings, arms, lambda arm, rates=rates: rates, cost=cell.steps
+            )
+    return groups
 
 
 SPIKES = ("loss x10", "loss x100", "loss x1e4")

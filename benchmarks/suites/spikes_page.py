@@ -1,6 +1,7 @@
 """Tables and figures of the grids with spikes, from the file of their runs alone."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
-    markdown_table,
+    arms_table,
     regret,
     regret_table,
 )
@@ -187,42 +188,37 @@ def _excess_tables(table: Scores) -> str:
             for cell, arms in excess.items()
             if _trained(cell) == (task, optimizer)
         }
-        rows = [
-            [arm, *(_excess_entry(table[c], cells[c], arm) for c in cells)]
-            for arm in in_order(cells.values(), TREATMENTS)
-        ]
+        columns = {
+            str(_named(cell)["disturbance"]): {
+                arm: (values, table[cell][arm]) for arm, values in arms.items()
+            }
+            for cell, arms in cells.items()
+        }
         of_cell = _named(next(iter(cells)))
-        head = ["arm", *(str(_named(cell)["disturbance"]) for cell in cells)]
         parts.append(
             f"### {task}, {optimizer}, one spike: update {of_cell['spike']} of "
             f"{of_cell['steps']}\n\nRate {of_cell['rate']}. Clean loss (nats) less "
             "that of the same run without the spike, right after the spike's update / "
             f"{LATER[1] - 1} / {LATER[2] - 1} updates later, median over seeds (runs "
-            f"failed at the end):\n\n{markdown_table(head, rows)}"
+            "failed at the end):\n\n" + arms_table(columns, _excess_entry, TREATMENTS)
         )
     return "\n".join(parts)
 
 
-def _excess_entry(
-    column: Mapping[str, Score], excess: Mapping[str, np.ndarray], arm: str
-) -> str:
-    if arm not in excess:
-        return "-"
-    values = " / ".join(f"{value:.3f}" for value in np.median(excess[arm], axis=0))
-    return f"{values} ({column[arm].num_failed}/{column[arm].num_runs})"
+def _excess_entry(column: Mapping[str, tuple[np.ndarray, Score]], arm: str) -> str:
+    excess, score = column[arm]
+    values = " / ".join(f"{value:.3f}" for value in np.median(excess, axis=0))
+    return f"{values} {score.failures}"
 
 
 def _sweep_tables(table: Scores) -> str:
     """Arms against learning rates."""
     parts = []
     for cell, by_rate in _sweeps(table).items():
-        rows = [
-            [arm, *(_entry(column, arm) for column in by_rate.values())]
-            for arm in in_order(by_rate.values(), TREATMENTS)
-        ]
+        columns = {f"rate {rate}": column for rate, column in by_rate.items()}
         parts.append(
             f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
-            + markdown_table(["arm", *(f"rate {rate}" for rate in by_rate)], rows)
+            + arms_table(columns, _entry, TREATMENTS)
         )
     return "\n".join(parts)
 
@@ -232,15 +228,11 @@ def _compared_tables(table: Scores) -> str:
     compared = _compared(table)
     parts = []
     for task in dict.fromkeys(str(cell[0]) for cell in compared):
-        columns = {cell: arms for cell, arms in compared.items() if cell[0] == task}
-        rows = [
-            [arm, *(_entry(column, arm, rate=True) for column in columns.values())]
-            for arm in in_order(columns.values(), TREATMENTS)
-        ]
+        columns = {_condition(c): arms for c, arms in compared.items() if c[0] == task}
         parts.append(
             f"### {task}, at tuned rates\n\nMedian error [lowest, highest seed] "
             "(failed runs) at the learning rate; bold: within 1 % of the column's "
-            "best.\n\n" + markdown_table(["arm", *map(_condition, columns)], rows)
+            "best.\n\n" + arms_table(columns, partial(_entry, rate=True), TREATMENTS)
         )
     return "\n".join(parts)
 
@@ -254,17 +246,15 @@ def _condition(cell: Cell) -> str:
 
 
 def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
-    if arm not in column:
-        return "-"
     score = column[arm]
     best = min(other.median for other in column.values())
     median = f"{score.median:.3f}"
     median = f"**{median}**" if score.median <= 1.01 * best else median
-    failed = f"({score.num_failed}/{score.num_runs})"
     if not rate:
-        return f"{median} {failed}"
+        return f"{median} {score.failures}"
     low, high = np.quantile([capped_error(r) for r in score.records], (0, 1))
-    return f"{median} [{low:.3f}, {high:.3f}] {failed} at {score.learning_rate:.0e}"
+    spread = f"{median} [{low:.3f}, {high:.3f}]"
+    return f"{spread} {score.failures} at {score.learning_rate:.0e}"
 
 
 # Figures

@@ -1,12 +1,13 @@
 """Image classifiers with BatchNorm and without, with every treatment."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
 
 from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
-from benchmarks.lib.suite import Entry, Preset, Protocol, Suite
+from benchmarks.lib.suite import Entry, Preset, Protocol, Suite, entries
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.images.data import load
 from benchmarks.tasks.images.models import MODELS, Norm
@@ -75,26 +76,21 @@ def _groups(
         scored: images that the accuracy is of, at most.
     """
     rates = rates or RATES[optimizer]
-    groups = []
-    for name in pairs(treatments, [optimizer]):
-        settings = {
-            "preset": preset,
-            "model": model,
-            "width": width,
-            "norm": norm,
-            "data": data,
-            "optimizer": optimizer,
-            "rate": "tuned" if len(rates) > 1 else f"{rates[0]:g}",
-            "batch": batch,
-            "steps": steps,
-            "scored": scored,
-            "arm": name,
-        }
-        groups.append([Entry(settings, _in_scale(Arm.of(name), rates), cost=steps)])
-    return groups
+    cell = {
+        "model": model,
+        "width": width,
+        "norm": norm,
+        "data": data,
+        "rate": "tuned" if len(rates) > 1 else f"{rates[0]:g}",
+        "batch": batch,
+        "steps": steps,
+        "scored": scored,
+    }
+    arms = pairs(treatments, [optimizer])
+    return entries(preset, cell, arms, partial(_in_scale, rates), cost=steps)
 
 
-def _in_scale(arm: Arm, rates: tuple[float, ...]) -> tuple[float, ...]:
+def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
     scale = 1.0
     if not OPTIMIZERS[arm.optimizer].scale_free:
         scale = RATE_SCALES.get(arm.treatment, 1.0)

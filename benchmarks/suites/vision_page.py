@@ -1,6 +1,6 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,7 @@ from benchmarks.lib.summary import (
     Cell,
     Score,
     Scores,
-    markdown_table,
+    arms_table,
     regret,
     regret_table,
 )
@@ -79,14 +79,11 @@ def _accuracy_tables(table: Scores) -> str:
         blocks.setdefault(cell[:2], []).append(cell)
     parts = []
     for (data, norm), cells in blocks.items():
-        columns = [table[cell] for cell in cells]
-        arms = in_order(columns, TREATMENTS)
-        rows = [[arm, *(_entry(column, arm) for column in columns)] for arm in arms]
+        columns = {_setting(cell): table[cell] for cell in cells}
         parts.append(
             f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
             "(failed runs) at the learning rate; bold: within 1 point of the column's "
-            "highest mean.\n\n"
-            + markdown_table(["arm", *(_setting(cell) for cell in cells)], rows)
+            "highest mean.\n\n" + arms_table(columns, _entry, TREATMENTS)
         )
     return "\n".join(parts)
 
@@ -107,8 +104,6 @@ def _accuracies(score: Score) -> np.ndarray:
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
-    if arm not in column:
-        return "-"
     score = column[arm]
     percent = _accuracies(score)
     best = max(_accuracies(other).mean() for other in column.values())
@@ -116,45 +111,30 @@ def _entry(column: dict[str, Score], arm: str) -> str:
     mean = f"**{mean}**" if percent.mean() >= best - 1 else mean
     return (
         f"{mean} [{percent.min():.1f}, {percent.max():.1f}] "
-        f"({score.num_failed}/{score.num_runs}) at {score.learning_rate:.0e}"
+        f"{score.failures} at {score.learning_rate:.0e}"
     )
 
 
 def _times_section(records: Sequence[Record]) -> str:
     """The last measurement of each cell."""
-    columns: dict[Cell, dict[str, Record]] = {}
+    columns: dict[str, dict[str, Record]] = {}
     for record in records:
-        cell = tuple(record[name] for name in ("model", "width", "norm", "optimizer"))
+        what = "{model}, width {width}, {}, {optimizer}"
+        cell = what.format(_norm(record["norm"]), **record)
         treatment, _, _ = record["arm"].partition(SEPARATOR)
         columns.setdefault(cell, {})[treatment] = record
-    arms = in_order(columns.values(), TREATMENTS)
-    rows = [
-        [
-            arm,
-            *(
-                "{:.3f} [{:.3f}, {:.3f}]".format(
-                    column[arm]["ratio"], *column[arm]["ratio_quartiles"]
-                )
-                if arm in column
-                else "-"
-                for column in columns.values()
-            ),
-        ]
-        for arm in arms
-    ]
-    head = [
-        "arm",
-        *(
-            f"{model}, width {width}, {_norm(norm)}, {optimizer}"
-            for model, width, norm, optimizer in columns
-        ),
-    ]
+
+    def entry(column: Mapping[str, Record], arm: str) -> str:
+        low, high = column[arm]["ratio_quartiles"]
+        return f"{column[arm]['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
     first = records[-1]
     return (
         "\n## Time of a step\n\nOf training (gradient and update) over that of arm "
         '"none", arms in turn in one process: median over rounds [quartiles]. '
         f"{first['data']}, batch {first['batch']}; {first['device']}, jax "
-        f"{first['jax']}; {first['date'][:10]}.\n\n{markdown_table(head, rows)}"
+        f"{first['jax']}; {first['date'][:10]}.\n\n"
+        + arms_table(columns, entry, TREATMENTS)
     )
 
 
@@ -212,10 +192,7 @@ def _curves_figure(table: Scores) -> Figure:
         ax.grid(alpha=0.3)
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
-    lines = [plt.Line2D([], [], **figures.line(FOCUS.index(arm))) for arm in arms]
-    figure.legend(
-        lines, arms, loc="outside right center", fontsize=8, title="median of"
-    )
+    figures.legend(figure, {arm: FOCUS.index(arm) for arm in arms})
     figure.suptitle(
         "Median over seeds; bands from lowest to highest; dotted: failed below",
         fontsize=10,

@@ -1,25 +1,36 @@
 """Files of runs: whole lines, resuming, the choice of a rate; what runs say."""
 
 import math
+import multiprocessing
 import operator
+import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from benchmarks import runs
-from benchmarks.grid import run_grid
-from benchmarks.runs import Entry, Ledger, Protocol, Run, choose_learning_rate
-from benchmarks.summary import complete, regret, scores, versus_table
+from benchmarks.lib import runs, start
+from benchmarks.lib.grid import Ledger, run_grid
+from benchmarks.lib.runs import Run
+from benchmarks.lib.suite import (
+    Entry,
+    Preset,
+    Protocol,
+    lowest_median,
+    lowest_worst_with_margin,
+)
+from benchmarks.lib.summary import complete, regret, scores, versus_table
 
 PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=(10, 11, 12))
 ENTRIES = [
-    Entry({"problem": problem, "arm": arm}, (0.1, 0.2), cost=2.0)
+    Entry({"preset": "p", "problem": problem, "arm": arm}, (0.1, 0.2), cost=2.0)
     for problem in ("easy", "hard")
     for arm in ("A", "B")
 ]
+PRESET = Preset([[entry] for entry in ENTRIES], PROTOCOL, "no time", "a test")
 NUM_RUNS = 4 * (4 + 3)
 
 
@@ -37,17 +48,17 @@ def tuned(rate, *errors):
 
 def test_what_is_appended_is_read_back(tmp_path):
     path = tmp_path / "made" / "runs.jsonl"
-    assert runs.read(path) == []
+    assert runs.read_lines(path) == []
     runs.append(path, [{"a": 1}, {"a": 2.5, "b": None}])
     runs.append(path, [{"a": "é"}])
-    assert runs.read(path) == [{"a": 1}, {"a": 2.5, "b": None}, {"a": "é"}]
+    assert runs.read_lines(path) == [{"a": 1}, {"a": 2.5, "b": None}, {"a": "é"}]
 
 
 @pytest.mark.parametrize("torn", ['{"a": 2, "b"', '{"a": 2}', "{"])
 def test_a_torn_last_line_is_no_run_and_is_replaced(torn, tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"a": 1}\n' + torn)
-    assert runs.read(path) == [{"a": 1}]
+    assert runs.read_lines(path) == [{"a": 1}]
     runs.append(path, [{"a": 3}])
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
@@ -57,7 +68,71 @@ def test_a_broken_line_elsewhere_is_named(line, tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
     with pytest.raises(ValueError, match=r"runs.jsonl, line 2, is not a run"):
+        runs.read_lines(path)
+
+
+def test_a_line_that_is_not_a_run_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert run(Trainer(), path) == 0
+    (good, *_) = runs.read(path)
+    for key, value in (("seed", None), ("error", "low"), ("arm", 3), ("failed", 0)):
+        path.unlink()
+        runs.append(path, [good, {**good, key: value}])
+        with pytest.raises(ValueError, match=f"line 2, is not a run: its {key} is"):
+            runs.read(path)
+    path.unlink()
+    runs.append(path, [{"answer": 42}])
+    with pytest.raises(ValueError, match="line 1, is not a run: it has no arm"):
         runs.read(path)
+
+
+@pytest.fixture
+def small_disk():
+    """Sets how large a file may become: a write beyond it is short, then fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, small_disk):
+    path = tmp_path / "runs.jsonl"
+    runs.append(path, [{"a": 1}])
+    before = path.read_bytes()
+    small_disk(len(before) + 20)
+    with pytest.raises(OSError, match="File too large"):
+        runs.append(path, [{"a": 2, "text": "x" * 100}])
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_ends_the_grid_and_is_told(tmp_path, small_disk):
+    path, trainer = tmp_path / "runs.jsonl", Trainer()
+    small_disk(3000)
+    with pytest.raises(OSError, match=r"the last batch could not be written") as told:
+        run(trainer, path)
+    num_done = len(runs.read(path))
+    assert 0 < num_done < NUM_RUNS
+    assert f"{num_done} of {NUM_RUNS} runs are in" in str(told.value)
+    # What could not be kept is not computed either, but for the batch that met it.
+    assert sum(map(len, trainer.batches)) <= num_done + 4
+
+
+def test_a_second_command_on_the_same_runs_is_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    fork = multiprocessing.get_context("spawn")
+    with runs.at_work(path, "cpu"), fork.Pool(1) as pool:
+        told = pool.apply(told_at_work, (path, "cpu"))
+        assert "another command is at preset cpu of" in told
+        assert pool.apply(told_at_work, (path, "gpu")) == "free"
+    assert told_at_work(path, "cpu") == "free"
+    assert not list(tmp_path.iterdir())
+
+
+def told_at_work(path, preset):
+    try:
+        with runs.at_work(path, preset):
+            return "free"
+    except ValueError as error:
+        return str(error)
 
 
 def test_a_file_holds_no_nan(tmp_path):
@@ -85,7 +160,33 @@ def test_a_file_holds_no_nan(tmp_path):
     ],
 )
 def test_the_lowest_median_wins_and_failures_are_last(records, chosen):
-    assert choose_learning_rate(records) == chosen
+    assert lowest_median(records) == chosen
+
+
+@pytest.mark.parametrize(
+    ("records", "chosen"),
+    [
+        # The worst seed decides, not the median.
+        (
+            tuned(1, 0.2, 0.2, 0.2) + tuned(2, 0.1, 0.1, 0.3) + tuned(3, 0.4, 0.4, 0.4),
+            1,
+        ),
+        # The best rate has a neighbour that fails: a step further down.
+        (
+            tuned(1, 0.3, 0.3)
+            + tuned(2, 0.2, 0.2)
+            + tuned(3, 0.1, 0.1)
+            + tuned(4, 0.1, 0.9),
+            2,
+        ),
+        # The largest rate has none.
+        (tuned(1, 0.3, 0.3) + tuned(2, 0.1, 0.1), 1),
+        # Nothing has a margin: the best of all.
+        (tuned(1, 0.3, 0.3) + tuned(2, 0.6, 0.1) + tuned(3, 0.9, 0.9), 1),
+    ],
+)
+def test_the_worst_seed_and_a_margin_choose(records, chosen):
+    assert lowest_worst_with_margin(records) == chosen
 
 
 # The grid
@@ -107,8 +208,7 @@ class Trainer:
 
 def run(trainer, path, **options):
     return run_grid(
-        [[entry] for entry in ENTRIES],
-        PROTOCOL,
+        PRESET,
         trainer,
         path,
         console=Console(),
@@ -196,15 +296,15 @@ def test_other_runs_of_the_file_do_not_count():
         {**of_entry, "seed": 0, "learning_rate": 0.3},
         {**of_entry, "seed": 0, "problem": "other"},
     ]
-    assert Ledger(ENTRIES, PROTOCOL, others).done() == (0, 0.0)
-    ledger = Ledger(ENTRIES, PROTOCOL, [*others, {**of_entry, "seed": 0}])
+    assert Ledger(PRESET, others).done() == (0, 0.0)
+    ledger = Ledger(PRESET, [*others, {**of_entry, "seed": 0}])
     assert ledger.done() == (1, 2.0)
     assert len(ledger.missing(ENTRIES[:1])) == 3
 
 
 def test_one_rate_needs_no_tuning():
     entry = Entry({"arm": "A"}, (0.1,))
-    missing = Ledger([entry], PROTOCOL).missing([entry])
+    missing = Ledger(replace(PRESET, groups=[[entry]])).missing([entry])
     assert missing == [
         Run(entry.settings, 0.1, seed, "reported", detailed=seed == 10)
         for seed in PROTOCOL.reported_seeds
@@ -282,10 +382,30 @@ def test_one_arm_against_another_is_the_row_worked_out_by_hand():
     # likely with either arm. All 4 of 12 that fail are C's, or A's: 2 (6 over 4) of the
     # (12 over 4) ways.
     assert rows == [
-        "| A against B | 1 of 3 | 1.00 | 0 of 9 against 1 of 9 | 1 |",
-        "| C against A | 0 of 2 | 5.55 | 4 of 6 against 0 of 6 | 0.061 |",
+        "| A | B | 1 of 3 | 1.00 | 0 of 9 against 1 of 9 | 1 |",
+        "| C | A | 0 of 2 | 5.55 | 4 of 6 against 0 of 6 | 0.061 |",
     ]
+
+
+def test_where_the_optimizer_is_of_the_cell_a_row_is_a_treatment():
+    rows = [
+        {**row, "optimizer": "AdamW", "arm": f"{row['arm']} | AdamW"}
+        for row in reported("1", "clip 1", 0.1)
+    ]
+    (column,) = scores(rows, ("problem", "optimizer")).values()
+    assert list(column) == ["clip 1"]
+    (column,) = scores(rows, ("problem",)).values()
+    assert list(column) == ["clip 1 | AdamW"]
 
 
 def test_without_a_solved_cell_there_is_no_regret():
     assert regret(scores(reported("3", "A", 0.6), ("problem",))) == []
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet(monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "import_module", interrupt)
+    assert start.start("benchmarks.demo") == 130
+    assert capsys.readouterr() == ("", "")
