@@ -154,7 +154,8 @@ def regret_table(
         f"the cost is {cost}. Arms of fewer cells stand below and are compared in "
         "those alone. In brackets: the 95 % bootstrap interval over seeds; that of a "
         "maximum may lie above it. Bold: level with the first row, its interval is met "
-        f"and p is above 0.05 (not corrected for the number of arms).{_floors(whole, compare, digits)}"
+        "and p is above 0.05 (not corrected for the number of arms)."
+        f"{_floors(whole, compare, digits)}"
         f"\n\n{markdown_table(head, rows)}"
     )
 
