@@ -166,8 +166,9 @@ def regret_table(
         f"Regret over the {len(whole)} {cells} in which at least one arm never failed; "
         f"the cost is {cost}. Arms of fewer cells stand below and are compared in "
         "those alone. In brackets: the 95 % bootstrap interval over seeds; that of a "
-        "maximum may lie above it. Bold: level with the first row; in the cells of both "
-        "the intervals meet and p is above 0.05 (not corrected for the number of arms)."
+        "maximum may lie above it. Bold: level with the first row; in the cells of "
+        "both the intervals meet and p is above 0.05 (not corrected for the number of "
+        "arms)."
         f"{_floors(whole, compare, digits)}"
         f"\n\n{markdown_table(head, rows)}"
     )
