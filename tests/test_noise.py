@@ -178,9 +178,10 @@ def test_regrets_within_noise_are_level_and_others_are_not():
         stats.fisher_exact([[0, 6], [3, 3]])[1]
     )
     for r in by_arm.values():
-        assert 1 <= r.worst_interval[0] <= r.worst_interval[1]
+        low, high = r.worst_interval()
+        assert 1 <= low <= high
     # The lowest that the worst of C's costs can be, and the highest.
-    low, high = by_arm["C"].worst_interval
+    low, high = by_arm["C"].worst_interval()
     assert 0.90 / 0.21 <= low <= by_arm["C"].worst <= high <= 0.52 / 0.10
 
 
@@ -213,4 +214,8 @@ def test_a_rate_at_an_end_of_its_set_is_told():
 def test_an_arm_of_fewer_cells_is_not_the_first():
     table = {cell: dict(arms) for cell, arms in TABLE.items()}
     table["1",]["perfect"] = score(0.09, 0.09, 0.09)
-    assert [r.arm for r in regret(table)] == ["A", "B", "C", "perfect"]
+    *_, last = regrets = regret(table)
+    assert [r.arm for r in regrets] == ["A", "B", "C", "perfect"]
+    # In its cell A's interval, from 0.10 / 0.09 on, does not meet its own.
+    assert last.worst_interval() == (1, 1)
+    assert not last.level

@@ -25,11 +25,10 @@ class Regret:
         failed: the cells in which it failed though another arm did not.
         num_failed_runs: in all cells that are not left out.
         num_runs: likewise.
-        worst_interval: the bootstrap interval over seeds of `worst`, a maximum, which
-            noise only raises: it may lie above it.
-        median_interval: likewise of `median`.
-        failure_p: Fisher's, of its failures and those of the first arm of the list.
-        level: whether no more than noise is between it and the first of the list.
+        resampled: the costs of seeds drawn with replacement, f[resamples] by cell.
+        failure_p: Fisher's, of its failures and those of the first arm of the list, in
+            the cells that both were run in.
+        level: whether no more than noise is between it and the first, likewise.
     """
 
     arm: str
@@ -37,8 +36,7 @@ class Regret:
     failed: tuple[Cell, ...]
     num_failed_runs: int
     num_runs: int
-    worst_interval: tuple[float, float]
-    median_interval: tuple[float, float]
+    resampled: Mapping[Cell, np.ndarray]
     failure_p: float = 1.0
     level: bool = True
 
@@ -49,6 +47,20 @@ class Regret:
     @property
     def median(self) -> float:
         return float(np.median(list(self.costs.values())))
+
+    def worst_interval(
+        self, cells: Iterable[Cell] | None = None
+    ) -> tuple[float, float]:
+        """The bootstrap interval of `worst`, of all cells or of these.
+
+        Noise only raises a maximum: it may lie above it.
+        """
+        chosen = self.resampled if cells is None else cells
+        return noise.interval(np.max([self.resampled[c] for c in chosen], axis=0))
+
+    @property
+    def median_interval(self) -> tuple[float, float]:
+        return noise.interval(np.median(list(self.resampled.values()), axis=0))
 
 
 def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Regret]:
@@ -64,14 +76,14 @@ def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Reg
     table = solvable(table)
     rng = np.random.default_rng(0)
     costs: dict[str, dict[Cell, float]] = {}
-    resampled: dict[str, list[np.ndarray]] = {}
+    resampled: dict[str, dict[Cell, np.ndarray]] = {}
     for cell, arms in table.items():
         best = min(score.median for score in arms.values())
         medians = {a: noise.resampled(s.errors, rng=rng) for a, s in arms.items()}
         lowest = np.min(list(medians.values()), axis=0)
         for arm, score in arms.items():
             costs.setdefault(arm, {})[cell] = compare(score.median, best)
-            resampled.setdefault(arm, []).append(compare(medians[arm], lowest))
+            resampled.setdefault(arm, {})[cell] = compare(medians[arm], lowest)
     regrets = []
     for arm, of_arm in costs.items():
         of_cells = {cell: table[cell][arm] for cell in of_arm}
@@ -82,8 +94,7 @@ def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Reg
                 tuple(cell for cell, score in of_cells.items() if not score.solved),
                 sum(score.num_failed for score in of_cells.values()),
                 sum(score.num_runs for score in of_cells.values()),
-                noise.interval(np.max(resampled[arm], axis=0)),
-                noise.interval(np.median(resampled[arm], axis=0)),
+                resampled[arm],
             )
         )
     regrets.sort(key=lambda r: (-len(r.costs), len(r.failed), r.worst))
@@ -92,14 +103,16 @@ def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Reg
 
 def _beside(first: Regret, other: Regret, table: Scores) -> Regret:
     """`other`, compared with `first` in the cells that have both."""
-    both = [table[c] for c in other.costs.keys() & first.costs.keys()]
+    both = [cell for cell in other.costs if cell in first.costs]
+    if not both:
+        return replace(other, level=False)
 
     def counts(arm: str) -> tuple[int, int]:
-        of_arm = [arms[arm] for arms in both]
+        of_arm = [table[cell][arm] for cell in both]
         return sum(s.num_failed for s in of_arm), sum(s.num_runs for s in of_arm)
 
     p = noise.failure_p(*counts(first.arm), *counts(other.arm))
-    meets = noise.meet(first.worst_interval, other.worst_interval)
+    meets = noise.meet(first.worst_interval(both), other.worst_interval(both))
     return replace(other, failure_p=p, level=meets and p > 1 - noise.CONFIDENCE)
 
 
@@ -134,7 +147,7 @@ def regret_table(
             str(len(r.failed)),
             f"{r.num_failed_runs} of {r.num_runs}",
             f"{r.failure_p:.2g}",
-            spread(r.worst, r.worst_interval, bold=r.level),
+            spread(r.worst, r.worst_interval(), bold=r.level),
             spread(r.median, r.median_interval, bold=False),
         ]
         for r in regrets
@@ -153,9 +166,11 @@ def regret_table(
         f"Regret over the {len(whole)} {cells} in which at least one arm never failed; "
         f"the cost is {cost}. Arms of fewer cells stand below and are compared in "
         "those alone. In brackets: the 95 % bootstrap interval over seeds; that of a "
-        "maximum may lie above it. Bold: level with the first row, its interval is met "
-        "and p is above 0.05 (not corrected for the number of arms)."
-        f"{_floors(whole, compare, digits)}\n\n{markdown_table(head, rows)}"
+        "maximum may lie above it. Bold: level with the first row; in the cells of "
+        "both the intervals meet and p is above 0.05 (not corrected for the number of "
+        "arms)."
+        f"{_floors(whole, compare, digits)}"
+        f"\n\n{markdown_table(head, rows)}"
     )
 
 
