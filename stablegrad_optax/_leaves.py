@@ -107,6 +107,11 @@ def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
     return leaf._replace(num_stacked=int(num_stacked))
 
 
+def has_gradient(leaf: Leaf) -> bool:
+    """Whether the leaf is floating and has elements."""
+    return leaf.is_floating and leaf.slice_size > 0
+
+
 def is_weight_by_default(leaf: Leaf) -> bool:
     """Whether each slice is floating, has two axes and two elements, and is no bias.
 

@@ -51,6 +51,30 @@ def narrow(array: jax.Array, dtype: Any) -> jax.Array:
     return array.astype(dtype)
 
 
+def newest_share(decay: float | jax.Array, dtype: Any) -> jax.Array:
+    """``1 - decay``, the newest value's share in a running mean.
+
+    An array of a narrow dtype may have been rounded to 1: then the largest decay below
+    it in float32 takes its place.
+    """
+    # A Python number in Python's precision, an array in that of the statistics.
+    decay = decay if isinstance(decay, float | int) else jnp.asarray(decay, dtype)
+    return jnp.maximum(jnp.asarray(1 - decay, dtype), 2.0**-24)
+
+
+def mean_weights(
+    decay: float | jax.Array, count: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of all weights of a running mean from zero, and the newest's share.
+
+    For ``count`` values ``1 - decay^count``, and ``1 - decay`` over it: the weight of
+    the newest value in the bias-corrected mean.
+    """
+    newest = newest_share(decay, dtype)
+    total = -jnp.expm1(count.astype(dtype) * jnp.log1p(-newest))
+    return total, jnp.minimum(newest / total, 1)
+
+
 @jax.custom_jvp
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient, saturating, with derivatives that do not overflow."""

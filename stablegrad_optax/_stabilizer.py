@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number
-from stablegrad_optax._numerics import divide
+from stablegrad_optax._numerics import divide, mean_weights
 
 
 class GradientStabilizerState(NamedTuple):
@@ -68,9 +67,9 @@ def gradient_stabilizer(
     and 1000.
 
     **When to use it**: gradients that spike, with ``max_norm_ratio``. The paper also
-    names low precision and weight decay that is added to the gradient; our small
-    benchmarks (``python -m benchmarks run spikes``) show no gain there over a clip beyond
-    the spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
+    names low precision and weight decay that is added to the gradient; our small runs
+    (``python -m benchmarks run spikes``) show no gain there over a clip beyond the
+    spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
     cancels; deep nets without normalisation did not train with it in our runs where
     :func:`stablegrad` did; and the steps of SGD no longer shrink with the gradient, so
     that the learning rate has to. ``optax.clip_by_global_norm(1.0)`` did as well or
@@ -188,7 +187,7 @@ def gradient_stabilizer(
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
         return _leaves.lay_out(
-            tree, mask=mask, stacked_axes=stacked_axes, default=_has_gradient
+            tree, mask=mask, stacked_axes=stacked_axes, default=_leaves.has_gradient
         )
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
@@ -219,8 +218,8 @@ def gradient_stabilizer(
         norm = jnp.where(accepted, norm, 1)
 
         count = optax.safe_increment(state.num_accepted)
-        mean_total, mean_weight = _weights(gamma1, count, dtype)
-        square_total, square_weight = _weights(gamma2, count, dtype)
+        mean_total, mean_weight = mean_weights(gamma1, count, dtype)
+        square_total, square_weight = mean_weights(gamma2, count, dtype)
         seen = norm
         if max_norm_ratio is not None:
             limit = jnp.asarray(max_norm_ratio, dtype) * state.norm_mean
@@ -248,26 +247,6 @@ def gradient_stabilizer(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _has_gradient(leaf: _leaves.Leaf) -> bool:
-    return leaf.is_floating and leaf.slice_size > 0
-
-
-def _weights(
-    gamma: float | jax.Array, count: jax.Array, dtype: np.dtype[Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of all weights of a running mean from zero, and the newest's share.
-
-    For ``count`` values ``1 - gamma^count``, and ``1 - gamma`` over it: the weight of
-    the newest value in the bias-corrected mean. An array of a narrow dtype may have
-    been rounded to 1: then the largest gamma below it in float32 takes its place.
-    """
-    # A Python number in Python's precision, an array in that of the statistics.
-    gamma = gamma if isinstance(gamma, float | int) else jnp.asarray(gamma, dtype)
-    newest = jnp.maximum(jnp.asarray(1 - gamma, dtype), 2.0**-24)
-    total = -jnp.expm1(count.astype(dtype) * jnp.log1p(-newest))
-    return total, jnp.minimum(newest / total, 1)
 
 
 def _rms_and_ratio(

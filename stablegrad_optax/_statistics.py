@@ -124,8 +124,17 @@ def pooled(values: jax.Array, shares: npt.ArrayLike) -> jax.Array:
     largest = lax.stop_gradient(values.max(0, initial=0))
     invertible = float(jnp.finfo(values.dtype).max) / 16
     unit = jnp.where(largest == 0, 1, jnp.minimum(largest, invertible))
-    mean_square = (jnp.asarray(shares, values.dtype) * (values / unit) ** 2).sum(0)
+    mean_square = (jnp.asarray(shares, values.dtype) * (values / unit[None]) ** 2).sum(
+        0
+    )
     return safe_sqrt(mean_square) * unit
+
+
+def together(norms: jax.Array) -> jax.Array:
+    """The norm f[] of all slices, from theirs f[slices]; it saturates as they do."""
+    norm = pooled(norms, 1.0)
+    largest = float(jnp.finfo(norm.dtype).max)
+    return jnp.where(jnp.isfinite(norms).all(), jnp.minimum(norm, largest), norm)
 
 
 def per_slice(

@@ -16,8 +16,10 @@ import optax
 import pytest
 
 from stablegrad_optax import (
+    clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
+    skip_spikes,
     stablegrad,
 )
 
@@ -80,6 +82,22 @@ def stacked_by_name(tree: Any) -> Any:
     )
 
 
+def skip_spikes_around(
+    max_deviation: float = 6.0,
+    *,
+    decay: float = 0.99,
+    warmup_steps: int = 100,
+    mask: Any = None,
+    stacked_axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Of stablegrad, which has a state, a mask and stacked axes."""
+    inner = stablegrad(mask=mask, stacked_axes=stacked_axes)
+    return skip_spikes(inner, max_deviation, decay=decay, warmup_steps=warmup_steps)
+
+
+# Of gradients that come as they are: Rosenbrock's valley takes SGD more steps.
+SOLVED_BY_SGD = ("parabola", "matrix")
+
 CASES = [
     Case("stablegrad", stablegrad),
     Case(
@@ -140,6 +158,47 @@ CASES = [
         numerical_floors=(),
         degree=1,
         converges=(),
+    ),
+    Case(
+        "history",
+        clip_by_history,
+        numerical_floors=(),
+        degree=None,
+        is_layerwise=False,
+        converges=SOLVED_BY_SGD,
+    ),
+    Case(
+        "history-at-once",
+        clip_by_history,
+        {"warmup_steps": 0},
+        numerical_floors=(),
+        degree=1,
+        converges=SOLVED_BY_SGD,
+    ),
+    Case(
+        "history-together",
+        clip_by_history,
+        {"warmup_steps": 0, "per_leaf": False},
+        numerical_floors=(),
+        degree=1,
+        converges=SOLVED_BY_SGD,
+    ),
+    Case(
+        "history-stacked",
+        clip_by_history,
+        {"stacked_axes": stacked_by_name},
+        static_args=("stacked_axes",),
+        numerical_floors=(),
+        degree=None,
+        is_layerwise=False,
+        converges=SOLVED_BY_SGD,
+    ),
+    Case(
+        "skip-spikes",
+        skip_spikes_around,
+        {"warmup_steps": 1},
+        numerical_floors=(),
+        is_layerwise=False,
     ),
 ]
 
