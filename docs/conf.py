@@ -1,6 +1,5 @@
 """The site: its own pages, docstrings, notebooks and results, where each is kept."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -58,33 +57,6 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 LATEX = LatexToMathML()
 
-# Until their branches are merged; then this goes, and `leave_out` with it.
-MISSING = [
-    name
-    for name in (
-        "ClipByHistoryState",
-        "Comparison",
-        "History",
-        "OptimizerRuns",
-        "SkipSpikesState",
-        "clip_by_history",
-        "compare_optimizers",
-        "default_optimizers",
-        "health",
-        "skip_spikes",
-    )
-    if not hasattr(stablegrad_optax, name)
-]
-
-
-def leave_out(app: Sphinx, document: str, source: list[str]) -> None:
-    """Drop the API of names that the package has not yet."""
-    for name in MISSING:
-        source[0] = re.sub(
-            rf"^\.\. auto.*\.{name}\n(   .*\n?)*", "", source[0], flags=re.MULTILINE
-        )
-        source[0] = re.sub(rf"{{func}}`(.*?) <.*\.{name}>`", r"`\1`", source[0])
-
 
 def inline_math(writer: nodes.NodeVisitor, node: nodes.math) -> None:
     """A formula in the line, as MathML: a browser needs no script and no network."""
@@ -106,4 +78,3 @@ def block_math(writer: nodes.NodeVisitor, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> None:
     """Register the renderer; Sphinx calls this."""
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
-    app.connect("source-read", leave_out)

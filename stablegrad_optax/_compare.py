@@ -37,7 +37,7 @@ def default_optimizers(
         Its default, and ours, orthogonalizes **leaves of two axes alone and gives all
         others to Adam**: a CNN's kernels, Flax's attention kernels (features, heads,
         head size) and stacked layers are then trained by Adam, and "Muon" says
-        nothing about Muon there. For Flax's convolutions:
+        nothing about Muon there. For Flax's convolutions::
 
             def of_cnn(params):
                 def numbers(leaf):

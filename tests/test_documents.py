@@ -32,15 +32,10 @@ SNIPPETS = [
 ]
 # Their recipes run where they are installed: `pip install ".[recipes]"`.
 OPTIONAL = ("deepxde", "jinns")
-# Until their branches are merged; then this goes.
-AWAITED = ("clip_by_history", "compare_optimizers", "health", "skip_spikes")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet):
-    for name in AWAITED:
-        if name in snippet and not hasattr(stablegrad_optax, name):
-            pytest.skip(f"{name} is not merged yet")
     optional = [name for name in OPTIONAL if f"import {name}\n" in snippet]
     if any(importlib.util.find_spec(name) is None for name in optional):
         pytest.skip(f"{optional} is not installed")
