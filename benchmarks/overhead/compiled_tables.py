@@ -114,8 +114,8 @@ _TABLES = (
     ),
     _Table(
         "Temporary memory",
-        "Beyond adamw's, over the gradient's bytes; of trees below 10 MB in KiB. The "
-        "TPU's compiler sets aside 63 KiB for each small array between two kernels.",
+        "Beyond adamw's, over the gradient's bytes; of trees below 10 MB in KiB. A "
+        "TPU's compiler sets scratch aside for small arrays between two kernels.",
         _temporary,
     ),
     _Table(
