@@ -1,23 +1,23 @@
 """Physics-informed networks under every optimizer, from six laws of initial weights."""
 
-from functools import cache
-
-import numpy as np
+from functools import cache, partial
 
 from benchmarks.lib.arms import Arm, pairs
-from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
+from benchmarks.lib.runs import Phase, Settings
 from benchmarks.lib.suite import (
+    SMOKE,
     Entry,
     Preset,
     Protocol,
     Suite,
     entries,
+    keep_error,
     lowest_worst_with_margin,
 )
-from benchmarks.lib.train import Curves, Rule, Training, record_steps
+from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
-from benchmarks.tasks.pinn.task import Pinn, evaluation, failed
+from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 
 # name in the results -> what it means for `Network`
 INITS: dict[str, dict[str, str | float]] = {
@@ -129,9 +129,7 @@ def _groups(
             return tuned if rates is None else (rates[index],)
 
         shape = tuple(v for key, v in cell.items() if not (joined and key == "init"))
-        # A step's work grows with the number of kernels.
-        cost = cell["steps"] * (cell["depth"] + 1)
-        for (entry,) in entries(preset, cell, arms, rates_of, cost=cost):
+        for (entry,) in entries(preset, [cell], arms, rates_of):
             groups.setdefault((*shape, entry.settings["arm"]), []).append(entry)
     return list(groups.values())
 
@@ -155,7 +153,7 @@ PRESETS = {
             _cells("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
             pairs(["none", "StableGrad", "StableGrad residuals"], ["AdamW"]),
         ),
-        Protocol((0,), (100, 101, 102)),
+        SMOKE,
         "seconds",
         "every part of the machinery; its errors mean nothing",
     ),
@@ -261,30 +259,10 @@ def training(settings: Settings, phase: Phase) -> Training:
     )
     return Training(
         Pinn(problem, network),
-        Rule(Arm.of(settings["arm"]), steps),
+        Rule.of(settings),
         record_steps(steps, early=8, even=12),
         evaluation(problem),
     )
-
-
-def keep(run: Run, curves: Curves) -> Record:
-    """`error` is relative L2; `layers` log10 of the std of each kernel's gradient."""
-    errors = curves.scores["error"]
-    record: Record = {
-        "error": finite(float(errors[-1])),
-        "failed": failed(float(errors[-1])),
-        "ms_per_step": finite(curves.ms_per_step, digits=4),
-    }
-    if run.phase == "reported":
-        record["curve"] = {
-            "step": curves.steps.tolist(),
-            "error": [finite(float(error), digits=3) for error in errors],
-        }
-    if run.detailed:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            exponents = np.log10(curves.stds.astype(float)).round(1)
-        record["layers"] = [[finite(e) for e in row] for row in exponents.tolist()]
-    return record
 
 
 SUITE = Suite(
@@ -292,5 +270,5 @@ SUITE = Suite(
     "physics-informed networks; errors are relative L2",
     PRESETS,
     training,
-    keep,
+    partial(keep_error, failure=FAILURE_ERROR),
 )

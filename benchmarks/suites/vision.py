@@ -7,7 +7,16 @@ import numpy as np
 
 from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
-from benchmarks.lib.suite import Entry, Preset, Protocol, Suite, entries
+from benchmarks.lib.suite import (
+    SMOKE,
+    Entry,
+    Preset,
+    Protocol,
+    Suite,
+    curve,
+    entries,
+    rounded,
+)
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.images.data import load
 from benchmarks.tasks.images.models import MODELS, Norm
@@ -87,7 +96,7 @@ def _groups(
         "scored": scored,
     }
     arms = pairs(treatments, [optimizer])
-    return entries(preset, cell, arms, partial(_in_scale, rates), cost=steps)
+    return entries(preset, [cell], arms, partial(_in_scale, rates))
 
 
 def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
@@ -191,7 +200,7 @@ PRESETS = {
             scored=20,
             treatments=("none", PREDICTION, "GradientAutoscaled"),
         ),
-        Protocol((0,), (100, 101, 102)),
+        SMOKE,
         "a minute",
         "every part of the machinery; its accuracies mean nothing",
     ),
@@ -225,7 +234,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     split = "validation" if phase == "tuning" else "test"
     return Training(
         Classifier(on_device(data), model, Recipe.of(data), settings["batch"], steps),
-        Rule(Arm.of(settings["arm"]), steps, warm_up=True),
+        Rule.of(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),
         side_by_side=False,
@@ -245,23 +254,14 @@ def keep(run: Run, curves: Curves) -> Record:
     }
     if run.phase == "tuning":
         return record
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponents = np.log10(curves.stds.astype(float))
-        quartiles = np.quantile(exponents, (0, 0.25, 0.5, 0.75, 1), axis=1).T
-    record["curve"] = {
-        "step": curves.steps.tolist(),
-        "accuracy": [finite(a, digits=4) for a in accuracies],
-        "loss": [finite(float(loss), digits=4) for loss in curves.loss],
-    }
+    record["curve"] = curve(curves, 4, accuracy=accuracies, loss=curves.loss)
     # log10 of the std of the kernels' gradients: least, quartiles, largest.
-    record["quartiles"] = _rounded(quartiles)
+    with np.errstate(invalid="ignore"):
+        quartiles = np.quantile(curves.exponents, (0, 0.25, 0.5, 0.75, 1), axis=1).T
+    record["quartiles"] = rounded(quartiles)
     if run.detailed:
-        record["layers"] = _rounded(exponents)
+        record["layers"] = rounded(curves.exponents)
     return record
-
-
-def _rounded(exponents: np.ndarray) -> list[list[float | None]]:
-    return [[finite(e) for e in row] for row in exponents.round(1).tolist()]
 
 
 SUITE = Suite(
