@@ -60,7 +60,7 @@ class Page:
 
         return cls(
             suite.name.capitalize(),
-            f"In short: {suite.about}.",
+            f"{suite.about[0].upper()}{suite.about[1:]}.",
             suite.cell,
             num_cells,
             lambda table: regret_table(complete(table), "cells"),

@@ -45,7 +45,7 @@ def regret_figure(table: Scores) -> Figure | None:
 def curves_figure(table: Scores, name: Callable[[Cell], str]) -> Figure:
     """Error against step, a panel a cell, a line an arm."""
     places = {arm: index for index, arm in enumerate(in_order(table.values()))}
-    figure, axes = figures.panels(len(table), 2.4, sharey=True)
+    figure, axes = figures.panels(len(table), 2.4)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         curves(ax, column, places)
         ax.set(xscale="log", yscale="log", xlabel="step")

@@ -200,20 +200,18 @@ PRESETS = {
     "smoke": Preset(
         _groups(
             "smoke",
-            (
-                *_with(
-                    Cell(
-                        "forecast",
-                        (1e-3,),
-                        spike=2,
-                        steps=4,
-                        batch=4,
-                        size="tiny",
-                        treatments=("none", "GradientStabilizer"),
-                    ),
-                    "disturbance",
-                    ("none", "inputs x100"),
+            _with(
+                Cell(
+                    "forecast",
+                    (1e-3,),
+                    spike=2,
+                    steps=4,
+                    batch=4,
+                    size="tiny",
+                    treatments=("none", "GradientStabilizer"),
                 ),
+                "disturbance",
+                ("none", "inputs x100"),
             ),
         ),
         SMOKE,

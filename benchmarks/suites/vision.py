@@ -1,7 +1,7 @@
 """Image classifiers with BatchNorm and without, with every treatment."""
 
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
 _FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
 _TUNED = ("none", CONSTANT, "clip 1")
-_CIFAR = ("none", CONSTANT, PREDICTION, "clip 1")
+_PLAIN = "plain-24, gain 0.75"
 _GPU_MODELS = {
     "ResNet-56": 16,
     "ResNet-20": 16,
@@ -120,74 +120,51 @@ _GPU_MODELS = {
 }
 
 
-def _cpu() -> list[list[Entry]]:
-    plain = "plain-24, gain 0.75"
-    treatments = ("none", BIASES_UNTOUCHED, CONSTANT, PREDICTION, "clip 1")
-    return [
-        *_groups("cpu", "ResNet-56", 8, rates=(0.01,)),
-        *_groups("cpu", plain, 8, rates=_FINE, treatments=treatments),
-        *(
-            group
-            for model in ("ResNet-56", "ResNet-20", "VGG-16")
-            for group in _groups("cpu", model, 8, "batch", treatments=_WITH_BATCHNORM)
-        ),
-        *_groups(
-            "cpu",
-            f"{plain}, no conv biases",
-            8,
-            rates=_FINE,
-            treatments=(BIASES_UNTOUCHED, CONSTANT),
-        ),
-        *(
-            group
-            for optimizer in RATES
-            for group in _groups(
-                "cpu", "ResNet-56", 8, optimizer=optimizer, treatments=_TUNED
-            )
-        ),
-    ]
-
-
-def _cifar() -> list[list[Entry]]:
-    return [
-        group
-        for model, width, steps, treatments in (
-            ("ResNet-20", 8, 150, _CIFAR),
-            ("ResNet-56", 8, 60, _CIFAR[:2]),
-            ("ResNet-50", 8, 60, _CIFAR[:2]),
-            ("EfficientNetV2-S", 6, 60, _CIFAR[:2]),
+_on_cpu = partial(_groups, "cpu")
+_CPU = (
+    _on_cpu("ResNet-56", 8, rates=(0.01,)),
+    _on_cpu(
+        _PLAIN,
+        8,
+        rates=_FINE,
+        treatments=("none", BIASES_UNTOUCHED, CONSTANT, PREDICTION, "clip 1"),
+    ),
+    *(
+        _on_cpu(model, 8, "batch", treatments=_WITH_BATCHNORM)
+        for model in ("ResNet-56", "ResNet-20", "VGG-16")
+    ),
+    _on_cpu(
+        f"{_PLAIN}, no conv biases",
+        8,
+        rates=_FINE,
+        treatments=(BIASES_UNTOUCHED, CONSTANT),
+    ),
+    *(
+        _on_cpu("ResNet-56", 8, optimizer=optimizer, treatments=_TUNED)
+        for optimizer in RATES
+    ),
+)
+_on_cifar = partial(_groups, "cifar", data="cifar10-jpeg", rates=(0.01,), scored=1000)
+_CIFAR = (
+    _on_cifar(
+        "ResNet-20", 8, steps=150, treatments=("none", CONSTANT, PREDICTION, "clip 1")
+    ),
+    *(
+        _on_cifar(model, width, steps=60, treatments=("none", CONSTANT))
+        for model, width in (
+            ("ResNet-56", 8),
+            ("ResNet-50", 8),
+            ("EfficientNetV2-S", 6),
         )
-        for group in _groups(
-            "cifar",
-            model,
-            width,
-            data="cifar10-jpeg",
-            rates=(0.01,),
-            steps=steps,
-            scored=1000,
-            treatments=treatments,
-        )
-    ]
-
-
-def _gpu() -> list[list[Entry]]:
-    return [
-        group
-        for norm, optimizer, (model, width) in product(
-            ("none", "batch"), RATES, _GPU_MODELS.items()
-        )
-        for group in _groups(
-            "gpu",
-            model,
-            width,
-            norm,
-            data="cifar10-jpeg",
-            optimizer=optimizer,
-            steps=3000,
-            batch=128,
-        )
-    ]
-
+    ),
+)
+_on_gpu = partial(_groups, "gpu", data="cifar10-jpeg", steps=3000, batch=128)
+_GPU = (
+    _on_gpu(model, width, norm, optimizer=optimizer)
+    for norm, optimizer, (model, width) in product(
+        ("none", "batch"), RATES, _GPU_MODELS.items()
+    )
+)
 
 PRESETS = {
     "smoke": Preset(
@@ -205,19 +182,19 @@ PRESETS = {
         "every part of the machinery; its accuracies mean nothing",
     ),
     "cpu": Preset(
-        _cpu(),
+        list(chain(*_CPU)),
         Protocol(tuning_seeds=(0,), reported_seeds=(100, 101, 102)),
         "1 hour on 2 idle cores",
         "the digits of scikit-learn",
     ),
     "cifar": Preset(
-        _cifar(),
+        list(chain(*_CIFAR)),
         Protocol((), (100, 101, 102)),
         "1 hour on 2 idle cores",
         "few steps on CIFAR-10 (JPEG), of the folder $STABLEGRAD_DATA",
     ),
     "gpu": Preset(
-        _gpu(),
+        list(chain(*_GPU)),
         Protocol((0, 1), tuple(range(100, 105))),
         "never run; --minutes 8 cuts it in pieces",
         "full widths on CIFAR-10 (JPEG), of the folder $STABLEGRAD_DATA",
