@@ -1,6 +1,8 @@
 """Physics-informed networks under every optimizer, from six laws of initial weights."""
 
+from collections.abc import Sequence
 from functools import cache, partial
+from typing import Any
 
 from benchmarks.lib.arms import Arm, pairs
 from benchmarks.lib.runs import Phase, Settings
@@ -10,6 +12,7 @@ from benchmarks.lib.suite import (
     Preset,
     Protocol,
     Suite,
+    cells,
     entries,
     keep_error,
     lowest_worst_with_margin,
@@ -82,30 +85,34 @@ RATES = {
 }
 
 
-def _cell(problem: str, init: str, depth: int, **others: str | int) -> Settings:
-    """What is trained, whatever the arm; `init` is a name of `INITS`."""
-    return {
-        "problem": problem,
-        "depth": depth,
-        "width": 32,
-        "activation": "tanh",
-        "init": init,
-        "steps": 1000,
-        **others,
-    }
-
-
 def _cells(
-    problem: str, inits: tuple[str, ...], depths: tuple[int, ...], **others: str | int
-) -> tuple[Settings, ...]:
-    return tuple(
-        _cell(problem, init, depth, **others) for depth in depths for init in inits
+    problem: str,
+    inits: Sequence[str],
+    depths: Sequence[int],
+    *,
+    width: int = 32,
+    activation: str = "tanh",
+    steps: int = 1000,
+) -> list[Settings]:
+    """What is trained, whatever the arm; `inits` are names of `INITS`."""
+    return cells(
+        problem=[problem],
+        depth=depths,
+        width=[width],
+        activation=[activation],
+        init=inits,
+        steps=[steps],
     )
+
+
+def _cell(problem: str, init: str, depth: int, **others: Any) -> Settings:
+    (cell,) = _cells(problem, (init,), (depth,), **others)
+    return cell
 
 
 def _groups(
     preset: str,
-    cells: tuple[Settings, ...],
+    of: Sequence[Settings],
     arms: tuple[str, ...],
     *,
     rates: tuple[float, ...] | None = None,
@@ -115,14 +122,14 @@ def _groups(
 
     Args:
         preset: its name.
-        cells: in the order in which they are computed.
+        of: the cells, in the order in which they are computed.
         arms: in the order in which they are computed.
         rates: one for each cell; by default each arm's is to be chosen.
         joined: whether cells that differ in their initial weights alone are computed
             side by side, as suits a GPU.
     """
     groups: dict[tuple, list[Entry]] = {}
-    for index, cell in enumerate(cells):
+    for index, cell in enumerate(of):
 
         def rates_of(arm: Arm, index: int = index) -> tuple[float, ...]:
             tuned = RATES.get(arm.name, arm.rates)
