@@ -89,24 +89,27 @@ def band(
     ax.plot(x, np.where(np.isfinite(middle), middle, np.nan), **style, label=label)
 
 
+def grid(
+    rows: int, columns: int, size: tuple[float, float], **options: object
+) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, and its panels [rows, columns]."""
+    return plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
+    )
+
+
 def panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
     """So many panels, four in a row at most.
 
     Args:
         num: of panels.
         height: of each, in inches.
-        **options: of `plt.subplots`.
+        **options: of `grid`.
     """
     num_columns = min(4, num)
     num_rows = -(-num // num_columns)
-    figure, axes = plt.subplots(
-        num_rows,
-        num_columns,
-        figsize=(max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows),
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
+    size = max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows
+    figure, axes = grid(num_rows, num_columns, size, **options)
     for ax in axes.flat[num:]:
         ax.set_axis_off()
     return figure, list(axes.flat[:num])

@@ -3,18 +3,25 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
+from benchmarks.lib import figures, panels
 from benchmarks.lib.grid import Ledger
+from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
 from benchmarks.lib.suite import Choice, Suite, lowest_median
-from benchmarks.lib.summary import Scores, provenance, scores
+from benchmarks.lib.summary import Cell, Scores, complete, provenance, scores
+from benchmarks.lib.tables import error_table
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
+
+
+def num_cells(table: Scores) -> str:
+    return f"{len(table)} cells"
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,8 @@ class Page:
     """What a suite's page is made of.
 
     Attributes:
-        suite: its name, with which all files begin.
-        head: title and first lines, Markdown.
+        title: of the page.
+        text: what the errors are, when a run fails, how it was trained; Markdown.
         cell: the settings that make a cell of `scores`.
         count: says how much of a preset there is, after the number of its runs.
         summary: Markdown; stands before the notes and the figures of a preset.
@@ -33,8 +40,8 @@ class Page:
         claims: the scores of each preset -> Markdown, the last of the page.
     """
 
-    suite: str
-    head: str
+    title: str
+    text: str
     cell: tuple[str, ...]
     count: Callable[[Scores], str]
     summary: Callable[[Scores], str]
@@ -42,6 +49,29 @@ class Page:
     tables: Callable[[Scores], str]
     times: Callable[[Sequence[Record]], str] | None = None
     claims: Callable[[Sequence[Scores]], str] | None = None
+
+    @classmethod
+    def default(cls, suite: Suite) -> "Page":
+        """Of a suite that names none: regret, errors, and curves of `keep_error`."""
+
+        def name(cell: Cell) -> str:
+            both = zip(suite.cell, cell, strict=True)
+            return ", ".join(f"{setting} {value}" for setting, value in both)
+
+        return cls(
+            suite.name.capitalize(),
+            f"{suite.about[0].upper()}{suite.about[1:]}.",
+            suite.cell,
+            num_cells,
+            lambda table: regret_table(complete(table), "cells"),
+            {
+                "regret": panels.regret_figure,
+                "curves": partial(panels.curves_figure, name=name),
+            },
+            lambda table: error_table(
+                "Errors", {name(cell): column for cell, column in table.items()}
+            ),
+        )
 
 
 def write(
@@ -66,12 +96,16 @@ def write(
     for record in records:
         if record["phase"] != "timing":
             by_preset.setdefault(record["preset"], []).append(record)
-    text, paths, tables = [page.head], [], []
+    head = (
+        f"# {page.title}\n\nWritten by `python -m benchmarks report {suite.name}` from "
+        f"`{suite.name}.jsonl`; not edited by hand.\n\n{page.text}\n"
+    )
+    text, paths, tables = [head], [], []
     for preset, of_preset in by_preset.items():
         choose = suite.choice(preset)
         table = scores(of_preset, page.cell, choose)
         tables.append(table)
-        stem = f"{page.suite}_{preset}"
+        stem = f"{suite.name}_{preset}"
         drawn: list[Path] = []
         if table:
             named = ((name, draw(table)) for name, draw in page.figures.items())
@@ -93,7 +127,7 @@ def write(
         text.append(page.times(times))
     if page.claims is not None:
         text.append(page.claims(tables))
-    markdown = folder / f"{page.suite}.md"
+    markdown = folder / f"{suite.name}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))
     return [markdown, *paths]

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
 from benchmarks.lib.arms import Arm
-from benchmarks.lib.runs import Phase, Record, Run, Settings, capped_error
+from benchmarks.lib.runs import Phase, Record, Run, Settings, capped_error, finite
 from benchmarks.lib.train import Curves, Training
 
 # The records of an arm's tuning -> the rate it is reported at.
@@ -90,6 +90,9 @@ class Protocol:
     choose: Choice = lowest_median
 
 
+SMOKE = Protocol((0,), (100, 101, 102))  # of the presets that take seconds
+
+
 @dataclass(frozen=True)
 class Entry:
     """The runs of one line of a table: one arm in one cell.
@@ -128,31 +131,37 @@ class Entry:
         return len(self.tuning(protocol)) + len(protocol.reported_seeds)
 
 
+def cells(**values: Iterable[str | int]) -> list[Settings]:
+    """Every combination of settings; the last one varies fastest."""
+    return [
+        dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())
+    ]
+
+
 def entries(
     preset: str,
-    cell: Settings,
+    cells: Iterable[Settings],
     arms: Iterable[str],
     rates: Callable[[Arm], tuple[float, ...]] = lambda arm: arm.rates,
-    *,
-    cost: float = 1.0,
 ) -> list[list[Entry]]:
-    """Every arm in one cell, each a group of its own.
+    """Every arm in every cell, each a group of its own; a run costs its steps.
 
     Args:
         preset: its name.
-        cell: what is trained, whatever the arm.
+        cells: what is trained, whatever the arm; `steps` is one of the settings.
         arms: their names.
         rates: arm -> the learning rates to choose from; by default the optimizer's.
-        cost: as in `Entry`.
     """
     return [
         [
             Entry(
                 {"preset": preset, **cell, "optimizer": arm.optimizer, "arm": arm.name},
                 rates(arm),
-                cost,
+                # A step's work grows with the number of kernels.
+                cell["steps"] * (cell.get("depth", 0) + 1),
             )
         ]
+        for cell in cells
         for arm in map(Arm.of, arms)
     ]
 
@@ -185,6 +194,44 @@ class Preset:
         return sum(entry.num_runs(self.protocol) for entry in self.entries)
 
 
+def keep_error(run: Run, curves: Curves, failure: float = 0.5) -> Record:
+    """The score "error", relative, and its curve in reported runs.
+
+    `layers`, of the first of these, is log10 of the std of each kernel's gradient.
+
+    Args:
+        run: whose.
+        curves: its.
+        failure: a run whose last error is above it, or not finite, has failed.
+    """
+    errors = curves.scores["error"].astype(float)
+    record: Record = {
+        "error": finite(errors[-1]),
+        "failed": not errors[-1] <= failure,
+        "ms_per_step": finite(curves.ms_per_step, digits=4),
+    }
+    if run.phase == "reported":
+        record["curve"] = curve(curves, 3, error=errors)
+    if run.detailed:
+        record["layers"] = rounded(curves.exponents)
+    return record
+
+
+def curve(curves: Curves, digits: int, **values: np.ndarray) -> Record:
+    """Quantities by step, to so many digits; null where they are not finite."""
+    return {
+        "step": curves.steps.tolist(),
+        **{
+            name: [finite(float(value), digits) for value in of_step]
+            for name, of_step in values.items()
+        },
+    }
+
+
+def rounded(exponents: np.ndarray) -> list[list[float | None]]:
+    return [[finite(e) for e in row] for row in exponents.round(1).tolist()]
+
+
 @dataclass(frozen=True)
 class Suite:
     """All that the engine needs of a suite.
@@ -196,7 +243,7 @@ class Suite:
         training: (settings, phase) -> what is trained. It raises a ValueError, in one
             line, where data is missing.
         keep: (run, its curves) -> what its line holds beside the settings: `error`,
-            `failed` and more.
+            `failed` and more; by default the score "error", failed above 0.5.
         timed: cells whose training step `time` measures: the settings of every arm, the
             one that the others are compared with first.
     """
@@ -205,8 +252,18 @@ class Suite:
     about: str
     presets: Mapping[str, Preset]
     training: Callable[[Settings, Phase], Training]
-    keep: Callable[[Run, Curves], Record]
+    keep: Callable[[Run, Curves], Record] = keep_error
     timed: tuple[tuple[Settings, ...], ...] = ()
+
+    @property
+    def cell(self) -> tuple[str, ...]:
+        """The settings that say what is trained, whatever the arm."""
+        first = next(iter(self.presets.values())).entries[0]
+        return tuple(
+            name
+            for name in first.settings
+            if name not in ("preset", "optimizer", "arm")
+        )
 
     def choice(self, preset: str) -> Choice:
         """How the rates of a preset's lines were chosen."""

@@ -39,6 +39,26 @@ class Score:
         return np.array([capped_error(record) for record in self.by_seed])
 
     @property
+    def failed(self) -> np.ndarray:
+        """bool[seeds] by seed."""
+        return np.array([record["failed"] for record in self.by_seed])
+
+    @property
+    def steps(self) -> np.ndarray:
+        """i[records], updates done."""
+        return np.array(self.records[0]["curve"]["step"])
+
+    def curve(self, name: str) -> np.ndarray:
+        """f[seeds, records] by seed; what was not finite is not a number."""
+        return np.array([record["curve"][name] for record in self.by_seed], float)
+
+    @property
+    def layers(self) -> np.ndarray:
+        """log10 of the std of each kernel's gradient, one seed: f[records, kernels]."""
+        (layers,) = (r["layers"] for r in self.records if "layers" in r)
+        return np.array(layers, float)
+
+    @property
     def median(self) -> float:
         return float(np.median(self.errors))
 

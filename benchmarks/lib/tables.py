@@ -1,10 +1,14 @@
 """Tables of Markdown, and the marks in them that say what is noise."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.lib.arms import in_order
-from benchmarks.lib.summary import Score, floor
+from benchmarks.lib.summary import Score, floor, level
+
+# (arm -> what was found, arm) -> what a table has of it
+Wording = Callable[[Mapping[str, Any], str], str]
 
 
 def floor_row(
@@ -28,18 +32,47 @@ def floor_row(
     return row
 
 
-def legend(lost: str = "the median error of the middle one over the best's") -> str:
-    """What the marks of a table of errors mean, and its `floor_row`.
+def error_table(
+    title: str,
+    columns: Mapping[str, Mapping[str, Score]],
+    entry: Wording | None = None,
+    first: Iterable[str] = (),
+    *,
+    what: str = "Median error",
+    rate: bool = True,
+    lost: str = "the median error of the middle one over the best's",
+    **how: Any,
+) -> str:
+    """Markdown: a heading, what the marks of the table mean, and arms against columns.
 
     Args:
+        title: the heading.
+        columns: head -> arm -> score.
+        entry: as for `arms_table`; by default `median_entry`.
+        first: likewise.
+        what: stands in it.
+        rate: whether the entries name the learning rate.
         lost: what the floor is of.
+        **how: as for `floor_row`.
     """
+    entry = partial(median_entry, rate=rate) if entry is None else entry
     return (
+        f"### {title}\n\n{what} (failed runs){' at the learning rate' * rate}. "
         "In brackets: the 95 % bootstrap interval over seeds. Bold: level with the "
         "column's best; the intervals meet, and failures are not more by chance "
         f"(Fisher's p above 0.05). Noise floor: {lost}, if the bold ones (of so many) "
-        "were equal: its median, and what it stays under with 95 %."
+        "were equal: its median, and what it stays under with 95 %.\n\n"
+        + arms_table(columns, entry, first, floor_row(columns.values(), **how))
     )
+
+
+def median_entry(
+    column: Mapping[str, Score], arm: str, *, form: str = ".3g", rate: bool = True
+) -> str:
+    """The median error over seeds, the failed runs and the learning rate."""
+    score = column[arm]
+    median = ranged(score.median, score.interval, form, bold=arm in level(column))
+    return f"{median} {score.failures}" + f" at {score.rate}" * rate
 
 
 def ranged(
@@ -53,7 +86,7 @@ def ranged(
 
 def arms_table(
     columns: Mapping[str, Mapping[str, Any]],
-    entry: Callable[[Mapping[str, Any], str], str],
+    entry: Wording,
     first: Iterable[str],
     last: Sequence[str] | None = None,
 ) -> str:

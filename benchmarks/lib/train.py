@@ -78,6 +78,11 @@ class Rule:
     weight_decay: float = 0.0
     skip_nonfinite: bool = False
 
+    @classmethod
+    def of(cls, settings: Settings, **others: Any) -> "Rule":
+        """By the `arm` and the `steps` of a run's settings."""
+        return cls(Arm.of(settings["arm"]), settings["steps"], **others)
+
     def __call__(
         self, rate: float | jax.Array
     ) -> optax.GradientTransformationExtraArgs:
@@ -154,6 +159,12 @@ class Curves:
     stds: np.ndarray
     ms_per_step: float
     num_params: int
+
+    @property
+    def exponents(self) -> np.ndarray:
+        """log10 of `stds`, f64; not finite where a gradient vanished."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log10(self.stds.astype(float))
 
 
 def train_batch(

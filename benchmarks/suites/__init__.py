@@ -1,9 +1,11 @@
 """Which cells, arms and seeds are run, and the page that shows them.
 
-A suite is a module with `SUITE`, and a module `<suite>_page` with `PAGE`.
+A suite is a module with `SUITE`. What its page shows beyond the default one is in a
+module `<suite>_page` with `PAGE`.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from benchmarks.lib.suite import Suite
@@ -20,4 +22,9 @@ def load(name: str) -> Suite:
 
 
 def load_page(name: str) -> "Page":
-    return import_module(f"{__name__}.{name}_page").PAGE
+    module = f"{__name__}.{name}_page"
+    if find_spec(module) is not None:
+        return import_module(module).PAGE
+    from benchmarks.lib.pages import Page
+
+    return Page.default(load(name))

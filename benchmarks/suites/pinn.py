@@ -1,23 +1,26 @@
 """Physics-informed networks under every optimizer, from six laws of initial weights."""
 
-from functools import cache
-
-import numpy as np
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
 
 from benchmarks.lib.arms import Arm, pairs
-from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
+from benchmarks.lib.runs import Phase, Settings
 from benchmarks.lib.suite import (
+    SMOKE,
     Entry,
     Preset,
     Protocol,
     Suite,
+    cells,
     entries,
+    keep_error,
     lowest_worst_with_margin,
 )
-from benchmarks.lib.train import Curves, Rule, Training, record_steps
+from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
-from benchmarks.tasks.pinn.task import Pinn, evaluation, failed
+from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 
 # name in the results -> what it means for `Network`
 INITS: dict[str, dict[str, str | float]] = {
@@ -82,30 +85,34 @@ RATES = {
 }
 
 
-def _cell(problem: str, init: str, depth: int, **others: str | int) -> Settings:
-    """What is trained, whatever the arm; `init` is a name of `INITS`."""
-    return {
-        "problem": problem,
-        "depth": depth,
-        "width": 32,
-        "activation": "tanh",
-        "init": init,
-        "steps": 1000,
-        **others,
-    }
-
-
 def _cells(
-    problem: str, inits: tuple[str, ...], depths: tuple[int, ...], **others: str | int
-) -> tuple[Settings, ...]:
-    return tuple(
-        _cell(problem, init, depth, **others) for depth in depths for init in inits
+    problem: str,
+    inits: Sequence[str],
+    depths: Sequence[int],
+    *,
+    width: int = 32,
+    activation: str = "tanh",
+    steps: int = 1000,
+) -> list[Settings]:
+    """What is trained, whatever the arm; `inits` are names of `INITS`."""
+    return cells(
+        problem=[problem],
+        depth=depths,
+        width=[width],
+        activation=[activation],
+        init=inits,
+        steps=[steps],
     )
+
+
+def _cell(problem: str, init: str, depth: int, **others: Any) -> Settings:
+    (cell,) = _cells(problem, (init,), (depth,), **others)
+    return cell
 
 
 def _groups(
     preset: str,
-    cells: tuple[Settings, ...],
+    of: Sequence[Settings],
     arms: tuple[str, ...],
     *,
     rates: tuple[float, ...] | None = None,
@@ -115,23 +122,21 @@ def _groups(
 
     Args:
         preset: its name.
-        cells: in the order in which they are computed.
+        of: the cells, in the order in which they are computed.
         arms: in the order in which they are computed.
         rates: one for each cell; by default each arm's is to be chosen.
         joined: whether cells that differ in their initial weights alone are computed
             side by side, as suits a GPU.
     """
     groups: dict[tuple, list[Entry]] = {}
-    for index, cell in enumerate(cells):
+    for index, cell in enumerate(of):
 
         def rates_of(arm: Arm, index: int = index) -> tuple[float, ...]:
             tuned = RATES.get(arm.name, arm.rates)
             return tuned if rates is None else (rates[index],)
 
         shape = tuple(v for key, v in cell.items() if not (joined and key == "init"))
-        # A step's work grows with the number of kernels.
-        cost = cell["steps"] * (cell["depth"] + 1)
-        for (entry,) in entries(preset, cell, arms, rates_of, cost=cost):
+        for (entry,) in entries(preset, [cell], arms, rates_of):
             groups.setdefault((*shape, entry.settings["arm"]), []).append(entry)
     return list(groups.values())
 
@@ -155,7 +160,7 @@ PRESETS = {
             _cells("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
             pairs(["none", "StableGrad", "StableGrad residuals"], ["AdamW"]),
         ),
-        Protocol((0,), (100, 101, 102)),
+        SMOKE,
         "seconds",
         "every part of the machinery; its errors mean nothing",
     ),
@@ -261,30 +266,10 @@ def training(settings: Settings, phase: Phase) -> Training:
     )
     return Training(
         Pinn(problem, network),
-        Rule(Arm.of(settings["arm"]), steps),
+        Rule.of(settings),
         record_steps(steps, early=8, even=12),
         evaluation(problem),
     )
-
-
-def keep(run: Run, curves: Curves) -> Record:
-    """`error` is relative L2; `layers` log10 of the std of each kernel's gradient."""
-    errors = curves.scores["error"]
-    record: Record = {
-        "error": finite(float(errors[-1])),
-        "failed": failed(float(errors[-1])),
-        "ms_per_step": finite(curves.ms_per_step, digits=4),
-    }
-    if run.phase == "reported":
-        record["curve"] = {
-            "step": curves.steps.tolist(),
-            "error": [finite(float(error), digits=3) for error in errors],
-        }
-    if run.detailed:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            exponents = np.log10(curves.stds.astype(float)).round(1)
-        record["layers"] = [[finite(e) for e in row] for row in exponents.tolist()]
-    return record
 
 
 SUITE = Suite(
@@ -292,5 +277,5 @@ SUITE = Suite(
     "physics-informed networks; errors are relative L2",
     PRESETS,
     training,
-    keep,
+    partial(keep_error, failure=FAILURE_ERROR),
 )

@@ -1,19 +1,17 @@
 """Tables and figures of the PINN grids, from the file of their runs alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
-import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import claims, figures
-from benchmarks.lib.arms import among, in_order, pairs
+from benchmarks.lib import claims, figures, panels
+from benchmarks.lib.arms import among, pairs
 from benchmarks.lib.pages import Page
-from benchmarks.lib.regret import regret, regret_table, versus_table
-from benchmarks.lib.runs import Record
+from benchmarks.lib.regret import regret_table, versus_table
 from benchmarks.lib.summary import Cell, Score, Scores, complete, level
-from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
+from benchmarks.lib.tables import error_table
 from benchmarks.suites.pinn import ARMS
 from benchmarks.suites.pinn_claims import CLAIMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR
@@ -83,25 +81,22 @@ def _shown(table: Scores, *lists: Sequence[str]) -> list[str]:
     return next((arms for arms in found if arms), [])
 
 
-def _focus(table: Scores) -> list[str]:
+def _focus(table: Scores) -> dict[str, int]:
+    """The arms of a figure with lines, and their places."""
     muon = any("none | Muon" in arms for arms in table.values())
-    return _shown(table, FOCUS_BEHIND if muon else FOCUS)
+    arms = _shown(table, FOCUS_BEHIND if muon else FOCUS)
+    return {arm: index for index, arm in enumerate(arms)}
 
 
 # Markdown
 
-_HEAD = f"""\
-# Physics-informed networks
-
-Written by `python -m benchmarks report pinn` from `pinn.jsonl`; not edited by hand.
-
+_TEXT = f"""\
 Relative L2 errors after the last step. A run fails if its error is above \
 {FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set \
 with the lowest median error over the tuning seeds, failures last, unless the preset \
 fixes it; medians are over the reported seeds, an error counting 1 at most. All arms \
 have equal steps, initial weights and points; float32, products at the highest \
-precision; rates fall to 0 along a half cosine.
-"""
+precision; rates fall to 0 along a half cosine."""
 
 
 def _count(table: Scores) -> str:
@@ -128,74 +123,35 @@ def _error_tables(table: Scores) -> str:
         depths = sorted(by_depth)
         columns = {f"depth {depth}": table[by_depth[depth]] for depth in depths}
         parts.append(
-            f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
-            f"Median error (failed runs) at the learning rate. {legend()}\n\n"
-            + arms_table(columns, _entry, ARMS, floor_row(columns.values()))
+            error_table(
+                f"{problem}, {activation}, {init} (width {width}, {steps} steps)",
+                columns,
+                first=ARMS,
+            )
         )
     return "\n".join(parts)
 
 
-def _entry(column: dict[str, Score], arm: str) -> str:
-    score = column[arm]
-    median = ranged(score.median, score.interval, ".3g", bold=arm in level(column))
-    return f"{median} {score.failures} at {score.rate}"
-
-
 # Figures
-
-
-def _regret_figure(table: Scores) -> Figure | None:
-    """Each arm's ratio to the best arm, one dot a cell."""
-    regrets = regret(complete(table))
-    if not regrets:
-        return None
-    figure, ax = plt.subplots(
-        figsize=(8, 1.6 + 0.3 * len(regrets)), layout="constrained"
-    )
-    for row, of_arm in enumerate(regrets):
-        failed = np.array([cell in of_arm.failed for cell in of_arm.costs])
-        ratios = np.array(list(of_arm.costs.values()))
-        figures.dots(ax, row, ratios, failed, of_arm.median)
-    ax.plot([], [], "o", color=figures.PALETTE[3], ms=4, label="solved by every run")
-    ax.plot([], [], "x", color=figures.PALETTE[0], ms=5, label="failed in some run")
-    ax.plot([], [], color="k", linewidth=1.5, label="median over cells")
-    ax.axvline(1.25, color="0.5", linewidth=1, linestyle=":")
-    ax.set(
-        xscale="log",
-        xlabel="median error over that of the cell's best arm (dotted: 1.25)",
-    )
-    figures.name_rows(ax, [f"{r.arm} ({len(r.failed)})" for r in regrets])
-    ax.set_title(
-        "One dot a cell; in brackets: cells failed though another arm did not",
-        fontsize=10,
-    )
-    ax.grid(axis="x", alpha=0.3)
-    ax.legend(fontsize=8)
-    return figure
 
 
 def _seeds_figure(table: Scores) -> Figure | None:
     """Errors of all seeds in each cell, where the cells are few."""
     if len(table) > MAX_PANELS:
         return None
-    columns = {cell: (arms, level(arms)) for cell, arms in table.items()}
-    arms = in_order(table.values(), ARMS)
-    figure, axes = figures.panels(len(columns), 0.9 + 0.24 * len(arms), sharey=True)
-    for ax, (cell, (column, of_level)) in zip(axes, columns.items(), strict=True):
-        for arm, score in column.items():
-            row = arms.index(arm)
-            failed = np.array([run["failed"] for run in score.by_seed])
-            figures.dots(ax, row, score.errors, failed, score.median)
+    figure, axes, arms = panels.seeds(
+        table, ARMS, lambda cell: _title(cell).replace(", ", "\n", 1), height=0.24
+    )
+    for cell, ax in axes.items():
+        of_level = level(table[cell])
+        for arm, score in table[cell].items():
+            row, (low, high) = arms.index(arm), score.interval
             shade = figures.PALETTE[4] if arm in of_level else "0.6"
-            low, high = score.interval
             ax.fill_betweenx(
                 [row - 0.35, row + 0.35], low, high, color=shade, alpha=0.3
             )
-        figures.name_rows(ax, arms)
         ax.axvline(FAILURE_ERROR, color="0.5", linewidth=1, linestyle=":")
         ax.set(xscale="log", xlabel="relative $L_2$ error")
-        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
-        ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
         "One dot a seed, crosses: failed, bars: median, shaded: its interval (green: "
         "level with the best)",
@@ -209,24 +165,17 @@ def _depth_figure(table: Scores) -> Figure:
 
     Panels of a single depth are drawn only where there are no others.
     """
-    panels: dict[Cell, dict[int, dict[str, Score]]] = {}
+    by_start: dict[Cell, dict[int, dict[str, Score]]] = {}
     for cell in sorted(table, key=lambda cell: cell[3]):
-        panels.setdefault(cell[:3], {})[cell[3]] = table[cell]
+        by_start.setdefault(cell[:3], {})[cell[3]] = table[cell]
     names = list(dict.fromkeys(cell[:3] for cell in table))
-    order = [name for name in names if len(panels[name]) > 1] or names
+    order = [name for name in names if len(by_start[name]) > 1] or names
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
-    arms = _focus(table)
-    figure, axes = plt.subplots(
-        num_rows,
-        num_columns,
-        figsize=(3 + 2.7 * num_columns, 1.2 + 2.5 * num_rows),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size, arms = (3 + 2.7 * num_columns, 1.2 + 2.5 * num_rows), _focus(table)
+    figure, axes = figures.grid(num_rows, num_columns, size, sharey=True)
     for ax, name in zip(axes.flat, order, strict=False):
-        _depth_panel(ax, panels[name], arms)
+        _depth_panel(ax, by_start[name], arms)
         ax.set_title(", ".join(name), fontsize=9)
         ax.set_xlabel("depth")
     for ax in axes.flat[len(order) :]:
@@ -236,7 +185,7 @@ def _depth_figure(table: Scores) -> Figure:
         axes[0, 0].set_ylim(top=60)
     for ax in axes[:, 0]:
         ax.set_ylabel("median relative $L_2$ error")
-    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
+    figures.legend(figure, arms)
     figure.suptitle(
         "Error against depth; crosses: some runs failed, above: how many", fontsize=11
     )
@@ -244,10 +193,10 @@ def _depth_figure(table: Scores) -> Figure:
 
 
 def _depth_panel(
-    ax: Axes, panel: dict[int, dict[str, Score]], arms: Sequence[str]
+    ax: Axes, panel: dict[int, dict[str, Score]], arms: Mapping[str, int]
 ) -> None:
     """One line an arm; panel: depth -> arm -> score."""
-    for index, arm in enumerate(arms):
+    for arm, index in arms.items():
         points = {d: column[arm] for d, column in panel.items() if arm in column}
         if not points:
             continue
@@ -279,35 +228,23 @@ def _depth_panel(
 def _curves_figure(table: Scores) -> Figure:
     """Error against step and against wall-clock in the first cells."""
     cells, arms = list(table)[:NUM_SHOWN], _focus(table)
-    figure, axes = plt.subplots(
-        len(cells),
-        2,
-        figsize=(10, 1.2 + 2.7 * len(cells)),
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 10, 1.2 + 2.7 * len(cells)
+    figure, axes = figures.grid(len(cells), 2, size, sharey="row")
     for (by_step, by_time), cell in zip(axes, cells, strict=True):
-        for index, arm in enumerate(arms):
-            if arm not in table[cell]:
-                continue
-            score = table[cell][arm]
-            steps = np.array(score.records[0]["curve"]["step"])
-            errors = np.array([r["curve"]["error"] for r in score.records], float)
-            seconds = steps * score.ms_per_step / 1e3
-            figures.band(by_step, steps, errors, index, label=arm)
-            figures.band(by_time, seconds, errors, index, label=arm)
+        panels.curves(by_step, table[cell], arms)
+        panels.curves(
+            by_time, table[cell], arms, x=lambda s: s.steps * s.ms_per_step / 1e3
+        )
         for ax, label in ((by_step, "step"), (by_time, "wall-clock of a run (s)")):
             figures.failure_line(ax, FAILURE_ERROR)
             ax.set(xscale="log", yscale="log", xlabel=label)
             ax.set_ylim(top=max(2.0, min(10.0, ax.get_ylim()[1])))
-            ax.grid(alpha=0.3)
         by_step.set_ylabel("relative $L_2$ error")
         by_step.set_title(_title(cell), fontsize=9)
         by_time.set_title(
             "each arm at its own rate and speed, runs side by side", fontsize=9
         )
-    figures.legend(figure, {arm: index for index, arm in enumerate(arms)})
+    figures.legend(figure, arms)
     figure.suptitle("Median over seeds; bands from lowest to highest", fontsize=11)
     return figure
 
@@ -322,41 +259,25 @@ def _layers_figure(table: Scores) -> Figure | None:
     ]
     if not cells or not arms:
         return None
-    maps = {
-        (cell, arm): _layer_stds(table[cell][arm].records)
-        for cell in cells
-        for arm in arms
-    }
-    limit = figures.log_limit([values for _, values in maps.values()])
-    figure, axes = plt.subplots(
-        len(cells),
-        len(arms),
-        figsize=(1.5 + 2.8 * len(arms), 1.2 + 2.4 * len(cells)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for (row, cell), (column, arm) in (
-        (r, c) for r in enumerate(cells) for c in enumerate(arms)
-    ):
-        steps, values = maps[cell, arm]
-        mesh = figures.heat_map(axes[row, column], steps, values, limit=limit)
-        axes[row, column].set_title(
-            f"{_title(cell)}\n{arm}" if column == 0 else f"\n{arm}", fontsize=8
-        )
+    scores = [table[cell][arm] for cell, arm in product(cells, arms)]
+    stds = [
+        {str(layer): 10**column for layer, column in enumerate(score.layers.T)}
+        for score in scores
+    ]
+    limit = figures.log_limit(stds)
+    size = 1.5 + 2.8 * len(arms), 1.2 + 2.4 * len(cells)
+    figure, axes = figures.grid(len(cells), len(arms), size)
+    for ax, score, values in zip(axes.flat, scores, stds, strict=True):
+        mesh = figures.heat_map(ax, score.steps, values, limit=limit)
+    for row, cell in zip(axes, cells, strict=True):
+        for ax, arm in zip(row, arms, strict=True):
+            head = _title(cell) if ax is row[0] else ""
+            ax.set_title(f"{head}\n{arm}", fontsize=8)
     figure.colorbar(
         mesh, ax=axes, label=r"$\log_{10}$ std of $\partial L/\partial W$, unscaled"
     )
     figure.suptitle("Gradient scale by layer and step, first reported seed")
     return figure
-
-
-def _layer_stds(
-    records: Sequence[Record],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    (record,) = (record for record in records if "layers" in record)
-    exponents = np.array(record["layers"], float)  # [steps, layers]
-    stds = {str(layer): 10**column for layer, column in enumerate(exponents.T)}
-    return np.array(record["curve"]["step"]), stds
 
 
 def _title(cell: Cell) -> str:
@@ -372,13 +293,13 @@ def _claims(presets: Sequence[Scores]) -> str:
 
 
 PAGE = Page(
-    "pinn",
-    _HEAD,
+    "Physics-informed networks",
+    _TEXT,
     CELL,
     _count,
     _summary,
     {
-        "regret": _regret_figure,
+        "regret": panels.regret_figure,
         "seeds": _seeds_figure,
         "depth": _depth_figure,
         "curves": _curves_figure,

@@ -5,9 +5,9 @@ import platform
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from benchmarks.lib.arms import Arm, pairs
+from benchmarks.lib.arms import pairs
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
-from benchmarks.lib.suite import Entry, Preset, Protocol, Suite, entries
+from benchmarks.lib.suite import SMOKE, Entry, Preset, Protocol, Suite, curve, entries
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.images import digits
@@ -92,9 +92,7 @@ def _groups(preset: str, cells: tuple[Cell, ...]) -> list[list[Entry]]:
             sets = {"tuned": cell.rates}
         for name, rates in sets.items():
             settings = {**of_cell, "rate": name}
-            groups += entries(
-                preset, settings, arms, lambda arm, rates=rates: rates, cost=cell.steps
-            )
+            groups += entries(preset, [settings], arms, lambda arm, rates=rates: rates)
     return groups
 
 
@@ -202,23 +200,21 @@ PRESETS = {
     "smoke": Preset(
         _groups(
             "smoke",
-            (
-                *_with(
-                    Cell(
-                        "forecast",
-                        (1e-3,),
-                        spike=2,
-                        steps=4,
-                        batch=4,
-                        size="tiny",
-                        treatments=("none", "GradientStabilizer"),
-                    ),
-                    "disturbance",
-                    ("none", "inputs x100"),
+            _with(
+                Cell(
+                    "forecast",
+                    (1e-3,),
+                    spike=2,
+                    steps=4,
+                    batch=4,
+                    size="tiny",
+                    treatments=("none", "GradientStabilizer"),
                 ),
+                "disturbance",
+                ("none", "inputs x100"),
             ),
         ),
-        Protocol((0,), (100, 101, 102)),
+        SMOKE,
         "seconds",
         "every part of the machinery; its errors mean nothing",
     ),
@@ -240,9 +236,7 @@ PRESETS = {
                 *_with(_SERIES, "disturbance", NOISES[1:3]),
                 replace(_SPIKED, disturbance="loss x10"),
                 *_with(_SPIKED_DIGITS, "disturbance", SPIKES),
-                replace(
-                    _TEXT, optimizer="Lion", rates=_LOWER, tuned=False, treatments=_FEW
-                ),
+                _LION,
                 *_with(_SHORT_SPIKED, "disturbance", ("none", "loss x1e4")),
                 *_with(_SHORT_TEXT, "numbers", ("float32", "float16", "fp4")),
                 *_with(_SHORT_SERIES, "disturbance", (NOISES[0], NOISES[3])),
@@ -293,9 +287,8 @@ def training(settings: Settings, phase: Phase) -> Training:
             loss_scaling=is_float16,
             **pieces,
         ),
-        Rule(
-            Arm.of(settings["arm"]),
-            steps,
+        Rule.of(
+            settings,
             warm_up=True,
             weight_decay=float(settings["weight_decay"]),
             skip_nonfinite=is_float16,
@@ -361,10 +354,7 @@ def keep(run: Run, curves: Curves) -> Record:
         "python": platform.python_version(),  # whose library is the text
     }
     if run.phase == "reported":
-        record["curve"] = {
-            "step": curves.steps.tolist(),
-            "loss": [finite(float(x), digits=5) for x in curves.scores["loss"]],
-        }
+        record["curve"] = curve(curves, 5, loss=curves.scores["loss"])
     return record
 
 

@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
+from benchmarks.lib import figures, panels
 from benchmarks.lib.arms import in_order
 from benchmarks.lib.pages import Page
 from benchmarks.lib.regret import regret_table
-from benchmarks.lib.runs import capped_error
-from benchmarks.lib.summary import Cell, Score, Scores, level
-from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
+from benchmarks.lib.summary import Cell, Score, Scores
+from benchmarks.lib.tables import arms_table, error_table, median_entry
 from benchmarks.suites.spikes import TREATMENTS
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.sequences.models import NUMBERS
@@ -105,12 +103,8 @@ def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
 def _losses(score: Score, spike: int) -> np.ndarray:
     """Clean losses after a spike f[seeds, LATER], in the order of the seeds."""
     rows = []
-    for record in sorted(score.records, key=lambda record: record["seed"]):
-        steps, losses = (record["curve"][name] for name in ("step", "loss"))
-        at = {
-            step: np.inf if loss is None else loss
-            for step, loss in zip(steps, losses, strict=True)
-        }
+    for losses in np.nan_to_num(score.curve("loss"), nan=np.inf):
+        at = dict(zip(score.steps, losses, strict=True))
         rows.append([at.get(spike - 1 + after, np.nan) for after in LATER])
     return np.array(rows)
 
@@ -130,11 +124,7 @@ def _title(cell: Cell) -> str:
 
 # Markdown
 
-_HEAD = """\
-# Spikes, low precision, corrupted inputs and decay in the gradient
-
-Written by `python -m benchmarks report spikes` from `spikes.jsonl`; not edited by hand.
-
+_TEXT = """\
 Tasks, all of data that is installed with Python, statsmodels and scikit-learn: \
 `lm`, a decoder-only transformer, bytes of the standard library's source; \
 `forecast`, a transformer on patches of sunspots, El Nino and CO2; `resnet20`, \
@@ -148,8 +138,7 @@ last; else all arms have the same. All arms have equal steps, initial weights, \
 batches and noise; 5 % warm-up, then a half cosine to 0. float16 has dynamic loss \
 scaling; FP4 is E1M2 with one scale for each tensor, simulated for weights and \
 inputs of the blocks' linear layers by straight-through estimation. Medians are over \
-the reported seeds, an error counting 1 at most.
-"""
+the reported seeds, an error counting 1 at most."""
 
 
 def _count(table: Scores) -> str:
@@ -206,16 +195,16 @@ def _excess_entry(column: Mapping[str, tuple[np.ndarray, Score]], arm: str) -> s
     return f"{values} {score.failures}"
 
 
+_entry = partial(median_entry, form=".3f")
+
+
 def _sweep_tables(table: Scores) -> str:
     """Arms against learning rates."""
     parts = []
     for cell, by_rate in _sweeps(table).items():
         columns = {f"rate {rate}": column for rate, column in by_rate.items()}
-        parts.append(
-            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs). "
-            f"{legend()}\n\n"
-            + arms_table(columns, _entry, TREATMENTS, floor_row(by_rate.values()))
-        )
+        entry, heading = partial(_entry, rate=False), f"{_title(cell)}, at each rate"
+        parts.append(error_table(heading, columns, entry, TREATMENTS, rate=False))
     return "\n".join(parts)
 
 
@@ -225,11 +214,8 @@ def _compared_tables(table: Scores) -> str:
     parts = []
     for task in dict.fromkeys(str(cell[0]) for cell in compared):
         columns = {_condition(c): arms for c, arms in compared.items() if c[0] == task}
-        entry, last = partial(_entry, rate=True), floor_row(columns.values())
         parts.append(
-            f"### {task}, at tuned rates\n\nMedian error (failed runs) at the "
-            f"learning rate. {legend()}\n\n"
-            + arms_table(columns, entry, TREATMENTS, last)
+            error_table(f"{task}, at tuned rates", columns, _entry, TREATMENTS)
         )
     return "\n".join(parts)
 
@@ -242,12 +228,6 @@ def _condition(cell: Cell) -> str:
     )
 
 
-def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
-    score = column[arm]
-    median = ranged(score.median, score.interval, ".3f", bold=arm in level(column))
-    return f"{median} {score.failures}" + f" at {score.rate}" * rate
-
-
 # Figures
 
 
@@ -258,14 +238,8 @@ def _rates_figure(table: Scores) -> Figure | None:
         return None
     columns = (column for rates in sweeps.values() for column in rates.values())
     arms = in_order(columns, TREATMENTS)
-    figure, axes = plt.subplots(
-        1,
-        len(sweeps),
-        figsize=(3.2 + 3.4 * len(sweeps), 1.6 + 0.32 * len(arms)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 3.2 + 3.4 * len(sweeps), 1.6 + 0.32 * len(arms)
+    figure, axes = figures.grid(1, len(sweeps), size, sharey=True)
     shown = [
         score.median
         for rates in sweeps.values()
@@ -351,19 +325,12 @@ def _errors_figure(table: Scores) -> Figure | None:
     compared = _compared(table)
     if not compared:
         return None
-    arms = in_order(compared.values(), TREATMENTS)
-    limits = {str(cell[0]): _limits(compared, cell[0]) for cell in compared}
-    figure, axes = figures.panels(len(compared), 0.9 + 0.19 * len(arms), sharey=True)
-    for ax, (cell, column) in zip(axes, compared.items(), strict=True):
-        for arm, score in column.items():
-            errors = np.array([capped_error(record) for record in score.records])
-            failed = np.array([record["failed"] for record in score.records])
-            figures.dots(ax, arms.index(arm), errors, failed, np.median(errors))
+    figure, axes, _ = panels.seeds(
+        compared, TREATMENTS, lambda cell: _title(cell).replace(", ", "\n", 1)
+    )
+    for cell, ax in axes.items():
         ax.set_xlabel(SCORES[str(cell[0])], fontsize=7)
-        figures.name_rows(ax, arms)
-        ax.set_xlim(limits[str(cell[0])])
-        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
-        ax.grid(axis="x", alpha=0.3)
+        ax.set_xlim(_limits(compared, cell[0]))
     figure.suptitle(
         "Test error at each arm's best rate: one dot a seed, crosses: failed, bars: "
         "median; rows without dots were not run",
@@ -374,20 +341,15 @@ def _errors_figure(table: Scores) -> Figure | None:
 
 def _limits(table: Scores, task: str | int) -> tuple[float, float]:
     """Of the abscissa of all panels of a task, so that they can be compared."""
-    errors = [
-        capped_error(record)
-        for cell, arms in table.items()
-        if cell[0] == task
-        for score in arms.values()
-        for record in score.records
-    ]
-    margin = 0.05 * (max(errors) - min(errors)) + 1e-3
-    return min(errors) - margin, max(errors) + margin
+    columns = [arms.values() for cell, arms in table.items() if cell[0] == task]
+    errors = np.concatenate([score.errors for arms in columns for score in arms])
+    margin = 0.05 * np.ptp(errors) + 1e-3
+    return errors.min() - margin, errors.max() + margin
 
 
 PAGE = Page(
-    "spikes",
-    _HEAD,
+    "Spikes, low precision, corrupted inputs and decay in the gradient",
+    _TEXT,
     CELL,
     _count,
     _summary,

@@ -1,13 +1,22 @@
 """Image classifiers with BatchNorm and without, with every treatment."""
 
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
 from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
-from benchmarks.lib.suite import Entry, Preset, Protocol, Suite, entries
+from benchmarks.lib.suite import (
+    SMOKE,
+    Entry,
+    Preset,
+    Protocol,
+    Suite,
+    curve,
+    entries,
+    rounded,
+)
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.images.data import load
 from benchmarks.tasks.images.models import MODELS, Norm
@@ -87,7 +96,7 @@ def _groups(
         "scored": scored,
     }
     arms = pairs(treatments, [optimizer])
-    return entries(preset, cell, arms, partial(_in_scale, rates), cost=steps)
+    return entries(preset, [cell], arms, partial(_in_scale, rates))
 
 
 def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
@@ -101,7 +110,7 @@ def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
 _FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
 _TUNED = ("none", CONSTANT, "clip 1")
-_CIFAR = ("none", CONSTANT, PREDICTION, "clip 1")
+_PLAIN = "plain-24, gain 0.75"
 _GPU_MODELS = {
     "ResNet-56": 16,
     "ResNet-20": 16,
@@ -111,74 +120,51 @@ _GPU_MODELS = {
 }
 
 
-def _cpu() -> list[list[Entry]]:
-    plain = "plain-24, gain 0.75"
-    treatments = ("none", BIASES_UNTOUCHED, CONSTANT, PREDICTION, "clip 1")
-    return [
-        *_groups("cpu", "ResNet-56", 8, rates=(0.01,)),
-        *_groups("cpu", plain, 8, rates=_FINE, treatments=treatments),
-        *(
-            group
-            for model in ("ResNet-56", "ResNet-20", "VGG-16")
-            for group in _groups("cpu", model, 8, "batch", treatments=_WITH_BATCHNORM)
-        ),
-        *_groups(
-            "cpu",
-            f"{plain}, no conv biases",
-            8,
-            rates=_FINE,
-            treatments=(BIASES_UNTOUCHED, CONSTANT),
-        ),
-        *(
-            group
-            for optimizer in RATES
-            for group in _groups(
-                "cpu", "ResNet-56", 8, optimizer=optimizer, treatments=_TUNED
-            )
-        ),
-    ]
-
-
-def _cifar() -> list[list[Entry]]:
-    return [
-        group
-        for model, width, steps, treatments in (
-            ("ResNet-20", 8, 150, _CIFAR),
-            ("ResNet-56", 8, 60, _CIFAR[:2]),
-            ("ResNet-50", 8, 60, _CIFAR[:2]),
-            ("EfficientNetV2-S", 6, 60, _CIFAR[:2]),
+_on_cpu = partial(_groups, "cpu")
+_CPU = (
+    _on_cpu("ResNet-56", 8, rates=(0.01,)),
+    _on_cpu(
+        _PLAIN,
+        8,
+        rates=_FINE,
+        treatments=("none", BIASES_UNTOUCHED, CONSTANT, PREDICTION, "clip 1"),
+    ),
+    *(
+        _on_cpu(model, 8, "batch", treatments=_WITH_BATCHNORM)
+        for model in ("ResNet-56", "ResNet-20", "VGG-16")
+    ),
+    _on_cpu(
+        f"{_PLAIN}, no conv biases",
+        8,
+        rates=_FINE,
+        treatments=(BIASES_UNTOUCHED, CONSTANT),
+    ),
+    *(
+        _on_cpu("ResNet-56", 8, optimizer=optimizer, treatments=_TUNED)
+        for optimizer in RATES
+    ),
+)
+_on_cifar = partial(_groups, "cifar", data="cifar10-jpeg", rates=(0.01,), scored=1000)
+_CIFAR = (
+    _on_cifar(
+        "ResNet-20", 8, steps=150, treatments=("none", CONSTANT, PREDICTION, "clip 1")
+    ),
+    *(
+        _on_cifar(model, width, steps=60, treatments=("none", CONSTANT))
+        for model, width in (
+            ("ResNet-56", 8),
+            ("ResNet-50", 8),
+            ("EfficientNetV2-S", 6),
         )
-        for group in _groups(
-            "cifar",
-            model,
-            width,
-            data="cifar10-jpeg",
-            rates=(0.01,),
-            steps=steps,
-            scored=1000,
-            treatments=treatments,
-        )
-    ]
-
-
-def _gpu() -> list[list[Entry]]:
-    return [
-        group
-        for norm, optimizer, (model, width) in product(
-            ("none", "batch"), RATES, _GPU_MODELS.items()
-        )
-        for group in _groups(
-            "gpu",
-            model,
-            width,
-            norm,
-            data="cifar10-jpeg",
-            optimizer=optimizer,
-            steps=3000,
-            batch=128,
-        )
-    ]
-
+    ),
+)
+_on_gpu = partial(_groups, "gpu", data="cifar10-jpeg", steps=3000, batch=128)
+_GPU = (
+    _on_gpu(model, width, norm, optimizer=optimizer)
+    for norm, optimizer, (model, width) in product(
+        ("none", "batch"), RATES, _GPU_MODELS.items()
+    )
+)
 
 PRESETS = {
     "smoke": Preset(
@@ -191,24 +177,24 @@ PRESETS = {
             scored=20,
             treatments=("none", PREDICTION, "GradientAutoscaled"),
         ),
-        Protocol((0,), (100, 101, 102)),
+        SMOKE,
         "a minute",
         "every part of the machinery; its accuracies mean nothing",
     ),
     "cpu": Preset(
-        _cpu(),
+        list(chain(*_CPU)),
         Protocol(tuning_seeds=(0,), reported_seeds=(100, 101, 102)),
         "1 hour on 2 idle cores",
         "the digits of scikit-learn",
     ),
     "cifar": Preset(
-        _cifar(),
+        list(chain(*_CIFAR)),
         Protocol((), (100, 101, 102)),
         "1 hour on 2 idle cores",
         "few steps on CIFAR-10 (JPEG), of the folder $STABLEGRAD_DATA",
     ),
     "gpu": Preset(
-        _gpu(),
+        list(chain(*_GPU)),
         Protocol((0, 1), tuple(range(100, 105))),
         "never run; --minutes 8 cuts it in pieces",
         "full widths on CIFAR-10 (JPEG), of the folder $STABLEGRAD_DATA",
@@ -225,7 +211,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     split = "validation" if phase == "tuning" else "test"
     return Training(
         Classifier(on_device(data), model, Recipe.of(data), settings["batch"], steps),
-        Rule(Arm.of(settings["arm"]), steps, warm_up=True),
+        Rule.of(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),
         side_by_side=False,
@@ -245,23 +231,14 @@ def keep(run: Run, curves: Curves) -> Record:
     }
     if run.phase == "tuning":
         return record
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponents = np.log10(curves.stds.astype(float))
-        quartiles = np.quantile(exponents, (0, 0.25, 0.5, 0.75, 1), axis=1).T
-    record["curve"] = {
-        "step": curves.steps.tolist(),
-        "accuracy": [finite(a, digits=4) for a in accuracies],
-        "loss": [finite(float(loss), digits=4) for loss in curves.loss],
-    }
+    record["curve"] = curve(curves, 4, accuracy=accuracies, loss=curves.loss)
     # log10 of the std of the kernels' gradients: least, quartiles, largest.
-    record["quartiles"] = _rounded(quartiles)
+    with np.errstate(invalid="ignore"):
+        quartiles = np.quantile(curves.exponents, (0, 0.25, 0.5, 0.75, 1), axis=1).T
+    record["quartiles"] = rounded(quartiles)
     if run.detailed:
-        record["layers"] = _rounded(exponents)
+        record["layers"] = rounded(curves.exponents)
     return record
-
-
-def _rounded(exponents: np.ndarray) -> list[list[float | None]]:
-    return [[finite(e) for e in row] for row in exponents.round(1).tolist()]
 
 
 SUITE = Suite(

@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures, noise
-from benchmarks.lib.arms import SEPARATOR, among, in_order
-from benchmarks.lib.pages import Page
+from benchmarks.lib import figures, noise, panels
+from benchmarks.lib.arms import SEPARATOR, among
+from benchmarks.lib.pages import Page, num_cells
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
 from benchmarks.lib.summary import Cell, Score, Scores, level
-from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
+from benchmarks.lib.tables import arms_table, error_table, ranged
 from benchmarks.suites.vision import TREATMENTS
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
@@ -35,11 +34,7 @@ NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
 
 # Markdown
 
-_HEAD = """\
-# Image classifiers with BatchNorm and without
-
-Written by `python -m benchmarks report vision` from `vision.jsonl`; not edited by hand.
-
+_TEXT = """\
 Accuracies on test images after the last step. A run fails if its accuracy is not \
 above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
 is "tuned", each arm's is the one of its fixed set with the lowest median error \
@@ -49,12 +44,7 @@ that is named, in their own scale: under momentum 0.03 times it for the two \
 "0.01" is the constant reference; "prediction" is the \
 prediction's gradient per example; "mean removal" is Gradient Autoscaled \
 Normalization without its factor. All arms have equal steps, initial weights and \
-batches; float32; 5 % warm-up, then a half cosine to 0.
-"""
-
-
-def _count(table: Scores) -> str:
-    return f"{len(table)} cells"
+batches; float32; 5 % warm-up, then a half cosine to 0."""
 
 
 def _summary(table: Scores) -> str:
@@ -80,11 +70,18 @@ def _accuracy_tables(table: Scores) -> str:
     parts = []
     for (data, norm), cells in blocks.items():
         columns = {_setting(cell): table[cell] for cell in cells}
-        last = floor_row(columns.values(), ".1f", statistic=np.mean, compare=_points)
         parts.append(
-            f"### {data}, {_norm(norm)}\n\nMean accuracy in % (failed runs) at the "
-            f"learning rate. {legend('points from the middle mean to the best')}\n\n"
-            + arms_table(columns, _entry, TREATMENTS, last)
+            error_table(
+                f"{data}, {_norm(norm)}",
+                columns,
+                _entry,
+                TREATMENTS,
+                what="Mean accuracy in %",
+                lost="points from the middle mean to the best",
+                form=".1f",
+                statistic=np.mean,
+                compare=_points,
+            )
         )
     return "\n".join(parts)
 
@@ -101,7 +98,7 @@ def _setting(cell: Cell) -> str:
 
 def _accuracies(score: Score) -> np.ndarray:
     """Per cent, f[seeds]; one that is not finite counts as 0."""
-    return 100 * np.array([record["accuracy"] or 0.0 for record in score.records])
+    return 100 * np.array([record["accuracy"] or 0.0 for record in score.by_seed])
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
@@ -153,20 +150,10 @@ def _failure_percent(cell: Cell) -> float:
 
 def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
-    arms = in_order(table.values(), TREATMENTS)
-    figure, axes = figures.panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
-    for ax, (cell, column) in zip(axes, table.items(), strict=True):
-        for row, arm in enumerate(arms):
-            if arm not in column:
-                continue
-            percent = _accuracies(column[arm])
-            failed = np.array([record["failed"] for record in column[arm].records])
-            figures.dots(ax, row, percent, failed, percent.mean())
+    figure, axes, _ = panels.seeds(table, TREATMENTS, _title, _accuracies, np.mean)
+    for cell, ax in axes.items():
         ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
-        figures.name_rows(ax, arms)
-        ax.set_title(_title(cell), fontsize=8)
-        ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
         "One dot a seed, crosses: failed (dotted line), bars: mean; rows without dots "
         "were not run",
@@ -177,22 +164,17 @@ def _accuracy_figure(table: Scores) -> Figure:
 
 def _curves_figure(table: Scores) -> Figure:
     """Accuracy against step in all cells."""
-    arms = among(table.values(), FOCUS)
+    # An arm has one colour in every figure.
+    arms = {arm: FOCUS.index(arm) for arm in among(table.values(), FOCUS)}
     figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
-        for arm in arms:
-            if arm in column:
-                index = FOCUS.index(arm)  # an arm's colour in every figure
-                curves = [record["curve"] for record in column[arm].records]
-                percent = 100 * np.array([c["accuracy"] for c in curves], float)
-                figures.band(ax, np.array(curves[0]["step"]), percent, index, label=arm)
+        panels.curves(ax, column, arms, lambda score: 100 * score.curve("accuracy"))
         ax.axhline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
         ax.set(xlabel="step", ylim=(0, 100))
         ax.set_title(_title(cell), fontsize=8)
-        ax.grid(alpha=0.3)
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
-    figures.legend(figure, {arm: FOCUS.index(arm) for arm in arms})
+    figures.legend(figure, arms)
     figure.suptitle(
         "Median over seeds; bands from lowest to highest; dotted: failed below",
         fontsize=10,
@@ -206,15 +188,8 @@ def _gradients_figure(table: Scores) -> Figure | None:
     cells = [c for c in table if all(arm in table[c] for arm in arms)][:NUM_HISTOGRAMS]
     if not cells or not arms:
         return None
-    figure, axes = plt.subplots(
-        len(cells),
-        len(arms),
-        figsize=(1.5 + 2.9 * len(arms), 1.3 + 2.4 * len(cells)),
-        sharex="row",
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 1.5 + 2.9 * len(arms), 1.3 + 2.4 * len(cells)
+    figure, axes = figures.grid(len(cells), len(arms), size, sharex="row", sharey="row")
     for row, cell in zip(axes, cells, strict=True):
         for ax, arm in zip(row, arms, strict=True):
             mesh = _histogram(ax, table[cell][arm])
@@ -231,21 +206,15 @@ def _gradients_figure(table: Scores) -> Figure | None:
     return figure
 
 
-def _layers(score: Score) -> np.ndarray:
-    """log10 of the kernels' std, of one seed: f[records, kernels]."""
-    (layers,) = (r["layers"] for r in score.records if "layers" in r)
-    return np.array(layers, float)
-
-
 def _std_limits(of_arms: Sequence[Score]) -> tuple[float, float]:
-    exponents = np.concatenate([_layers(score).ravel() for score in of_arms])
+    exponents = np.concatenate([score.layers.ravel() for score in of_arms])
     finite = exponents[np.isfinite(exponents)]
     return 10 ** (finite.min() - 0.5), 10 ** (finite.max() + 0.5)
 
 
 def _histogram(ax: Axes, score: Score) -> QuadMesh:
     """log10 std against step: shares of one seed, quartiles of all."""
-    steps, exponents = np.array(score.records[0]["curve"]["step"]), _layers(score)
+    steps, exponents = score.steps, score.layers
     finite = exponents[np.isfinite(exponents)]
     low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 1.0)
     edges = np.arange(np.floor(4 * low) / 4, high + 0.5, 0.25)
@@ -278,10 +247,10 @@ def _histogram(ax: Axes, score: Score) -> QuadMesh:
 
 
 PAGE = Page(
-    "vision",
-    _HEAD,
+    "Image classifiers with BatchNorm and without",
+    _TEXT,
     CELL,
-    _count,
+    num_cells,
     _summary,
     {
         "accuracy": _accuracy_figure,
