@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 
-import stablegrad_optax
-from benchmarks import figures, runs
-from benchmarks.command_line import fail, parse
+from benchmarks.lib import machine, runs
+from benchmarks.lib.command_line import fail, parse
 from stablegrad_optax import (
     compare_optimizers,
     gradient_autoscaled_normalization,
@@ -189,7 +187,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not chosen:
         fail(PROG, f"--optimizers: no name contains {options.optimizers!r}")
     try:
-        records = runs.read(options.results)
+        records = runs.read_lines(options.results)
     except ValueError as error:
         fail(PROG, str(error))
     jax.config.update("jax_disable_most_optimizations", True)  # it is compilation alone
@@ -199,11 +197,8 @@ def main(args: Sequence[str] | None = None) -> int:
         record = {
             "optimizer": name,
             "losses": measure(known[name]),
-            "device": figures.device_name(),
-            "jax": jax.__version__,
             "optax": optax.__version__,
-            "stablegrad_optax": stablegrad_optax.__version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine.origin(),
         }
         runs.append(options.results, [record])
         records.append(record)

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import optax
 from rich.console import Console
 
 import stablegrad_optax
-from benchmarks import figures, runs
 from benchmarks.calibration.networks import FAILURE, NETWORKS, Network
 from benchmarks.calibration.page import page
-from benchmarks.command_line import fail, parse
+from benchmarks.lib import machine, runs
+from benchmarks.lib.command_line import fail, parse
 from stablegrad_optax import compare_optimizers, default_optimizers, stablegrad
 
 PROG = "python -m benchmarks.calibration"
@@ -118,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not chosen:
         fail(PROG, f"--networks: no name contains {options.networks!r}")
     try:
-        records = runs.read(options.results)
+        records = runs.read_lines(options.results)
     except ValueError as error:
         fail(PROG, str(error))
     # Programs that run for a second each: their compilation would take most of it.
@@ -134,10 +133,7 @@ def main(args: Sequence[str] | None = None) -> int:
             **measure(network, jax.random.fold_in(key, 1)),
             "optimizers": train(network, key),
             "steps": STEPS,
-            "device": figures.device_name(),
-            "jax": jax.__version__,
-            "stablegrad_optax": stablegrad_optax.__version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine.origin(),
         }
         runs.append(options.results, [record])
         records.append(record)
