@@ -94,8 +94,11 @@ def optimizers() -> dict[str, Callable[[Any], optax.GradientTransformation]]:
         "sgd, backtracking line search": lambda rate: optax.chain(
             optax.sgd(rate), optax.scale_by_backtracking_linesearch(10)
         ),
-        "sam": lambda rate: optax.contrib.sam(
-            optax.sgd(rate), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+        # Its type says that it takes extra arguments; it takes none.
+        "sam": lambda rate: optax.GradientTransformation(
+            *optax.contrib.sam(
+                optax.sgd(rate), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+            )
         ),
     }
 

@@ -88,6 +88,9 @@ def measure(network: Network, key: jax.Array) -> dict[str, Any]:
 def train(network: Network, key: jax.Array) -> dict[str, Any]:
     """Each optimizer's rate and its fresh scores; None where a run failed."""
     known = default_optimizers()
+    known[ARMS[2]] = lambda rate: optax.chain(
+        stablegrad(stacked_axes=network.stacked_axes), optax.adamw(rate, b2=0.9)
+    )
     result = compare_optimizers(
         network.loss,
         network.init,

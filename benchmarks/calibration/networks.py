@@ -85,10 +85,12 @@ def of_digits(
         logits = model.apply(params, view(jnp.asarray(x_test)))
         return jnp.mean(logits.argmax(-1) != y_test) / 0.9  # a guess has 0.9
 
-    example = jnp.asarray(x_train[:2])
-    return Network(
-        family, lambda key: model.init(key, view(example)), loss, sample, score
-    )
+    def init(key: Array) -> PyTree:
+        return model.init(key, view(jnp.asarray(x_train[:2])))
+
+    layers = jax.eval_shape(init, jax.random.key(0))["params"]
+    stacked = {name: int(name.startswith("stack_")) for name in layers}
+    return Network(family, init, loss, sample, score, {"params": stacked})
 
 
 class MLP(nn.Module):
@@ -112,6 +114,25 @@ class MLP(nn.Module):
         return nn.Dense(self.out)(x)
 
 
+def stack(block: type[nn.Module], length: int) -> Any:
+    """As many blocks as one scan: what is compiled does not grow with them."""
+    return nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
+    )
+
+
+class Convolution(nn.Module):
+    kernel_init: Any
+    norm: bool
+    residual: bool
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        y = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
+        y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
+        return x + y if self.residual else y, None
+
+
 class CNN(nn.Module):
     depth: int
     kernel_init: Any = he
@@ -120,14 +141,31 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        block = self.kernel_init, self.norm, self.residual
+        half = self.depth // 2
         x = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
-        for i in range(self.depth - 1):
-            y = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
-            y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
-            x = x + y if self.residual else y
-            if i == self.depth // 2:
-                x = nn.avg_pool(x, (2, 2), (2, 2))
+        x, _ = stack(Convolution, half)(*block, name="stack_0")(x, None)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        rest = self.depth - 1 - half
+        x, _ = stack(Convolution, rest)(*block, name="stack_1")(x, None)
         return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Block(nn.Module):
+    norm: str
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        x = self.around(x, nn.MultiHeadAttention(2))
+        layers = [nn.Dense(2 * self.width), nn.gelu, nn.Dense(self.width)]
+        return self.around(x, nn.Sequential(layers)), None
+
+    def around(self, x: Array, layer: nn.Module) -> Array:
+        if self.norm == "before":
+            return x + layer(nn.LayerNorm()(x))
+        x = x + layer(x)
+        return nn.LayerNorm()(x) if self.norm == "after" else x
 
 
 class Transformer(nn.Module):
@@ -142,17 +180,9 @@ class Transformer(nn.Module):
         x = embed(x)
         place = nn.initializers.normal(0.02)
         x = x + self.param("place", place, (x.shape[1], width))
-        for _ in range(self.depth):
-            x = self.block(x, nn.MultiHeadAttention(2))
-            x = self.block(x, nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(width)]))
+        x, _ = stack(Block, self.depth)(self.norm, width, name="stack_0")(x, None)
         x = nn.LayerNorm()(x) if self.norm == "before" else x
         return nn.Dense(10)(x.mean(1))
-
-    def block(self, x: Array, layer: nn.Module) -> Array:
-        if self.norm == "before":
-            return x + layer(nn.LayerNorm()(x))
-        x = x + layer(x)
-        return nn.LayerNorm()(x) if self.norm == "after" else x
 
 
 class Recurrent(nn.Module):
