@@ -22,12 +22,14 @@ from rich.console import Console
 
 from benchmarks.lib import machine, runs
 from benchmarks.lib.command_line import fail, parse
+from benchmarks.lib.together import one_of, train_arms
 from stablegrad_optax import (
-    compare_optimizers,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     stablegrad,
 )
+from stablegrad_optax._comparison import _median
+from stablegrad_optax._trials import Problem
 
 PROG = "python -m benchmarks.optimizers_table"
 STEPS, RATES, SEEDS = 200, (1e-3, 1e-2, 1e-1, 1.0), 4
@@ -131,43 +133,29 @@ def score(params: Any) -> jax.Array:
     return loss_fn(params, (x, y)) / jnp.mean(y**2)
 
 
-def train(
-    factory: Callable[[Any], optax.GradientTransformation], methods: Sequence[str]
-) -> dict[str, float | None]:
-    """The median error behind each method, None where it failed."""
-
-    def behind(name: str) -> Callable[[Any], optax.GradientTransformation]:
-        return lambda rate: optax.chain(METHODS[name](), factory(rate))
-
-    result = compare_optimizers(
-        loss_fn,
-        init,
-        sample,
-        {name: behind(name) for name in methods},
-        learning_rates=RATES,
-        steps=STEPS,
-        num_seeds=SEEDS,
-        num_tuning_seeds=1,
-        score=score,
-        failure_score=1.0,
-        parallel=SEEDS,
-        key=jax.random.key(0),
-    )
-    return {name: runs.finite(result[name].median, digits=3) for name in methods}
-
-
 def measure(factory: Callable[[Any], optax.GradientTransformation]) -> dict[str, Any]:
     """For each method the median error, None if it failed, or what went wrong."""
+
+    def optimizer(arm: jax.Array, rate: jax.Array) -> optax.GradientTransformation:
+        methods = [make() for make in METHODS.values()]
+        return optax.chain(one_of(arm, methods), factory(rate))
+
     try:
-        return train(factory, list(METHODS))
-    except Exception:  # each by itself: the table says which, and goes on
-        errors: dict[str, Any] = {}
-        for name in METHODS:
-            try:
-                errors |= train(factory, [name])
-            except Exception as error:
-                errors[name] = type(error).__name__
-        return errors
+        trained = train_arms(
+            Problem(loss_fn, init, sample, score, 1.0, STEPS),
+            optimizer,
+            num_arms=len(METHODS),
+            rates=RATES,
+            num_seeds=SEEDS,
+            num_tuning_seeds=1,
+            key=jax.random.key(0),
+        )
+    except Exception as error:  # the table says so, and goes on
+        return dict.fromkeys(METHODS, type(error).__name__)
+    return {
+        name: runs.finite(_median(scores), digits=3)
+        for name, (_, scores) in zip(METHODS, trained, strict=True)
+    }
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
