@@ -31,7 +31,7 @@ from stablegrad_optax import stablegrad
 from stablegrad_optax._trials import Problem
 
 PROG = "python -m benchmarks.calibration"
-STEPS, RATES, TUNING, SEEDS = 200, (1e-3, 3e-3, 1e-2), 2, 6
+RATES, TUNING, SEEDS = (1e-3, 3e-3, 1e-2), 2, 6
 FIRST_STEPS = 100  # of the history
 KEY = 0
 ARMS = ("AdamW", "clip + AdamW b2=.9", "StableGrad + AdamW b2=.9")
@@ -104,7 +104,12 @@ def train(network: Network, key: jax.Array) -> dict[str, Any]:
         return optax.chain(one_of(arm, treatments), optax.adamw(rate, b2=b2))
 
     problem = Problem(
-        network.loss, network.init, network.sample, network.score, FAILURE, STEPS
+        network.loss,
+        network.init,
+        network.sample,
+        network.score,
+        FAILURE,
+        network.steps,
     )
     trained = train_arms(
         problem,
@@ -145,7 +150,7 @@ def main(args: Sequence[str] | None = None) -> int:
             "family": network.family,
             **measure(network, jax.random.fold_in(key, 1)),
             "optimizers": train(network, key),
-            "steps": STEPS,
+            "steps": network.steps,
             **machine.origin(),
         }
         runs.append(options.results, [record])

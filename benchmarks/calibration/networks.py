@@ -36,6 +36,7 @@ class Network:
         sample: key -> batch.
         score: parameters -> f[], relative.
         stacked_axes: as `gradient_report` takes it.
+        steps: how long it is trained.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Network:
     sample: Callable[[Array], Any]
     score: Callable[[PyTree], Array]
     stacked_axes: Any = None
+    steps: int = 200
 
 
 # Digits: images as vectors, as images, as sequences of rows or of pixels.
@@ -68,12 +70,14 @@ def of_digits(
     model: nn.Module,
     view: Callable[[Array], Array] = lambda images: images.reshape(len(images), -1),
     scale: float = 1.0,
+    batch_size: int = BATCH,
+    steps: int = 200,
 ) -> Network:
     """Classify digits; the loss times `scale`."""
     x_train, x_test, y_train, y_test = digits()
 
     def sample(key: Array) -> tuple[Array, Array]:
-        rows = jax.random.randint(key, (BATCH,), 0, len(x_train))
+        rows = jax.random.randint(key, (batch_size,), 0, len(x_train))
         return jnp.asarray(x_train)[rows], jnp.asarray(y_train)[rows]
 
     def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
@@ -90,7 +94,7 @@ def of_digits(
 
     layers = jax.eval_shape(init, jax.random.key(0))["params"]
     stacked = {name: int(name.startswith("stack_")) for name in layers}
-    return Network(family, init, loss, sample, score, {"params": stacked})
+    return Network(family, init, loss, sample, score, {"params": stacked}, steps)
 
 
 class MLP(nn.Module):
@@ -121,6 +125,20 @@ def stack(block: type[nn.Module], length: int) -> Any:
     )
 
 
+def convolve(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """Images f[n, h, w, c], kernel f[3, 3, c, m]: a product of matrices.
+
+    XLA's convolution on a CPU is very slow for many kernels side by side.
+    """
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+Conv = partial(nn.Conv, features=8, kernel_size=(3, 3), conv_general_dilated=convolve)
+
+
 class Convolution(nn.Module):
     kernel_init: Any
     norm: bool
@@ -128,7 +146,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        y = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
+        y = Conv(kernel_init=self.kernel_init)(x)
         y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
         return x + y if self.residual else y, None
 
@@ -143,7 +161,7 @@ class CNN(nn.Module):
     def __call__(self, x: Array) -> Array:
         block = self.kernel_init, self.norm, self.residual
         half = self.depth // 2
-        x = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
+        x = Conv(kernel_init=self.kernel_init)(x)
         x, _ = stack(Convolution, half)(*block, name="stack_0")(x, None)
         x = nn.avg_pool(x, (2, 2), (2, 2))
         rest = self.depth - 1 - half
@@ -175,7 +193,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = 32
+        width = 16
         embed = nn.Embed(self.vocabulary, width) if self.vocabulary else nn.Dense(width)
         x = embed(x)
         place = nn.initializers.normal(0.02)
@@ -318,8 +336,10 @@ def _times(gain: float) -> Any:
 
 
 mlp = partial(of_digits, "MLP")
-cnn = partial(of_digits, "CNN", view=maps)
-transformer = partial(of_digits, "transformer", view=rows)
+# These take far longer a step.
+short = {"batch_size": 16, "steps": 100}
+cnn = partial(of_digits, "CNN", view=maps, **short)
+transformer = partial(of_digits, "transformer", view=rows, **short)
 recurrent = partial(of_digits, "recurrent")
 torch = {"kernel_init": _uniform(), "bias_init": _small_bias}
 
