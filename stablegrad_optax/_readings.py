@@ -54,8 +54,9 @@ def scale_factors(
     states = [state for state in _states(opt_state) if _is_scaling(state)]
     if not states:
         raise ValueError(
-            "opt_state holds no state of stablegrad, gradient_stabilizer or "
-            f"gradient_autoscaled_normalization; got a {type(opt_state).__name__}."
+            "opt_state holds no state of stablegrad, gradient_stabilizer, "
+            "gradient_autoscaled_normalization or clip_by_history; got a "
+            f"{type(opt_state).__name__}."
         )
     names = {leaf.id: leaf.name for leaf in describe(params)}
     factors: dict[str, np.ndarray] = {}
@@ -101,11 +102,14 @@ def health(
       scale_factor/min, /max   the smallest and the largest factor of a leaf
       scale_factor/<leaf>      of each scaled leaf, ``[0]`` and so on behind the name
                                of a stacked one; several methods are multiplied
-      nonfinite_leaves         how many leaves had a spread that is not finite
+      nonfinite_leaves         how many leaves had a spread that is not finite, in a
+                               slice at least
       reference_std            the reference that ``stablegrad`` scaled to
-      limited_leaves           how many leaves were limited by their history
-      skipped_steps            how many steps were not taken, in all
-      last_deviation           of the last step, in running deviations
+      limited_leaves           how many ``clip_by_history`` clipped, in a slice at
+                               least
+      skipped_steps            how many steps ``skip_spikes`` has not taken, in all
+      last_deviation           of the last step, in running deviations; infinite if it
+                               was not finite
       =======================  ====================================================
 
     Raises:
@@ -178,12 +182,14 @@ def _count_nonfinite(state: Any) -> float:
     return float(len(np.unique(_leaf_ids(state)[bad])))
 
 
+def _count_limited(state: Any) -> float:
+    """The leaves of which some slice was limited."""
+    is_limited = _one_step(_read(state.is_limited))
+    return float(len(np.unique(_leaf_ids(state)[is_limited])))
+
+
 def _number(field: str) -> Callable[[Any], float]:
     return lambda state: float(_read(getattr(state, field)))
-
-
-def _total(field: str) -> Callable[[Any], float]:
-    return lambda state: float(_one_step(_read(getattr(state, field))).sum())
 
 
 # A field of a state -> the name of what it says, and how to read it. A method joins
@@ -191,7 +197,7 @@ def _total(field: str) -> Callable[[Any], float]:
 _READINGS: dict[str, tuple[str, Callable[[Any], float]]] = {
     "grad_std": ("nonfinite_leaves", _count_nonfinite),
     "reference_std": ("reference_std", _number("reference_std")),
-    "is_limited": ("limited_leaves", _total("is_limited")),
+    "is_limited": ("limited_leaves", _count_limited),
     "num_skipped": ("skipped_steps", _number("num_skipped")),
     "last_deviation": ("last_deviation", _number("last_deviation")),
 }

@@ -112,13 +112,13 @@ def test_the_table_knows_what_optax_has():
 
 
 def test_the_table_marks_what_gets_worse_and_what_fails():
-    losses = {
+    errors = {
         "plain": 0.1,
         "stablegrad": 0.3,
         "gradient_stabilizer": None,
         "autoscaled": "TypeError",
     }
     origin = {"device": "cpu", "jax": "1", "optax": "1", "stablegrad_optax": "1"}
-    records = [{"optimizer": "x", "losses": losses, "date": "2026-01-01", **origin}]
+    records = [{"optimizer": "x", "errors": errors, "date": "2026-01-01", **origin}]
     text = optimizers_table.page(records)
     assert "| x | 0.1 | **0.3** | **failed** | TypeError |" in text

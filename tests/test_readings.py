@@ -1,7 +1,5 @@
 """What is read from the states of the methods: factors and health."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +8,12 @@ import pytest
 from flax import nnx
 
 from stablegrad_optax import (
+    clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     health,
     scale_factors,
+    skip_spikes,
     stablegrad,
 )
 
@@ -106,30 +106,64 @@ def test_health_counts_leaves_that_are_not_finite():
         assert health(updated(tx, GRADS))["nonfinite_leaves"] == 0
 
 
-class Skipping(NamedTuple):
-    num_skipped: jax.Array
-    last_deviation: jax.Array
-    inner_state: optax.OptState
+def norms(tree):
+    return {
+        name: np.linalg.norm(np.asarray(leaf, np.float64))
+        for name, leaf in {
+            "dense/bias": tree["dense"]["bias"],
+            "dense/kernel": tree["dense"]["kernel"],
+            "stack/kernel": tree["stack"]["kernel"],
+        }.items()
+    }
 
 
-class Limiting(NamedTuple):
-    is_limited: jax.Array
-    leaf_ids: jax.Array
-    scale_factors: jax.Array
+def larger(by):
+    """The gradients with one of the three slices of a leaf larger."""
+    factors = jnp.array([by, 1, 1])[:, None, None]
+    return {**GRADS, "stack": {"kernel": GRADS["stack"]["kernel"] * factors}}
 
 
-def test_wrappers_and_other_methods_are_read_by_their_fields():
-    scaled = updated(stablegrad(), GRADS)
-    limited = Limiting(jnp.array([True, False]), scaled.leaf_ids[:2], jnp.ones(2))
-    state = (Skipping(jnp.array(3), jnp.array(1.5), (limited, scaled)), ())
+def test_health_of_clip_by_history():
+    tx = clip_by_history(warmup_steps=0)
+    _, state = tx.update(GRADS, tx.init(GRADS))
+    assert health(state)["limited_leaves"] == 0
+    updates, state = tx.update(larger(100), state)
     flat = health(state, GRADS)
-    assert flat["skipped_steps"] == 3
-    assert flat["last_deviation"] == 1.5
     assert flat["limited_leaves"] == 1
+    before, after = norms(larger(100)), norms(updates)
+    for name, factor in scale_factors(state, GRADS).items():
+        assert flat[f"scale_factor/{name}"] == factor
+        assert factor == pytest.approx(after[name] / before[name], rel=1e-6)
+    assert flat["scale_factor/min"] == flat["scale_factor/stack/kernel"] < 0.1
+
+
+def test_slices_of_a_limited_leaf_count_once():
+    stacked = {"dense": {"kernel": 0, "bias": 0}, "stack": {"kernel": 1}}
+    tx = clip_by_history(warmup_steps=0, stacked_axes=stacked)
+    _, state = tx.update(GRADS, tx.init(GRADS))
+    _, state = tx.update(jax.tree.map(lambda x: 9 * x, GRADS), state)
+    assert health(state)["limited_leaves"] == 3
+    assert state.is_limited.sum() == 5
+
+
+def test_health_of_skip_spikes_and_of_what_it_wraps():
+    inner = optax.chain(stablegrad(), clip_by_history(warmup_steps=0))
+    tx = skip_spikes(inner, warmup_steps=1)
+    _, state = tx.update(GRADS, tx.init(GRADS))
+    assert health(state)["skipped_steps"] == 0
+    taken = scale_factors(state, GRADS)
+    for count, by in enumerate([1e6, jnp.nan], start=1):
+        _, state = tx.update(larger(by), state)
+        flat = health(state, GRADS)
+        assert flat["skipped_steps"] == count
+        assert flat["last_deviation"] > 6
+        assert flat["nonfinite_leaves"] == flat["limited_leaves"] == 0
+        assert scale_factors(state, GRADS) == taken  # of the step that was taken
+    assert flat["last_deviation"] == np.inf
     assert flat["scale_factor/dense/kernel"] == 0.25
-    assert scale_factors(state, GRADS) == scale_factors(scaled, GRADS)
-    alone = health(Skipping(jnp.array(0), jnp.array(0.0), optax.EmptyState()))
-    assert alone == {"skipped_steps": 0, "last_deviation": 0}
+    assert flat["reference_std"] == 1.0
+    alone = skip_spikes(optax.adam(1e-3)).init(GRADS)
+    assert health(alone) == {"skipped_steps": 0, "last_deviation": 0}
 
 
 def test_health_of_an_nnx_optimizer():

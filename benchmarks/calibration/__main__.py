@@ -11,24 +11,27 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
 
 import stablegrad_optax
-from benchmarks import figures, runs
 from benchmarks.calibration.networks import FAILURE, NETWORKS, Network
 from benchmarks.calibration.page import page
-from benchmarks.command_line import fail, parse
-from stablegrad_optax import compare_optimizers, default_optimizers, stablegrad
+from benchmarks.lib import machine, runs
+from benchmarks.lib.command_line import fail, parse
+from benchmarks.lib.together import one_of, train_arms
+from stablegrad_optax import stablegrad
+from stablegrad_optax._trials import Problem
 
 PROG = "python -m benchmarks.calibration"
-STEPS, RATES, TUNING, SEEDS = 200, (1e-3, 3e-3, 1e-2), 2, 6
+RATES, TUNING, SEEDS = (1e-3, 3e-3, 1e-2), 2, 6
 FIRST_STEPS = 100  # of the history
 KEY = 0
 ARMS = ("AdamW", "clip + AdamW b2=.9", "StableGrad + AdamW b2=.9")
@@ -56,15 +59,17 @@ def measure(network: Network, key: jax.Array) -> dict[str, Any]:
 
     @jax.jit
     def first_steps(params: Any) -> tuple[Any, Any]:
-        def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
-            params, state = carry
-            grads = jax.grad(network.loss)(params, network.sample(key))
+        def step(carry: Any, count: jax.Array) -> tuple[Any, Any]:
+            params, state, first = carry
+            batch = network.sample(jax.random.fold_in(data_key, count))
+            grads = jax.grad(network.loss)(params, batch)
+            first = jax.tree.map(partial(jnp.where, count == 0), grads, first)
             updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), state[0]
+            return (optax.apply_updates(params, updates), state, first), state[0]
 
-        keys = jax.random.split(data_key, FIRST_STEPS)
-        grads = jax.grad(network.loss)(params, network.sample(keys[0]))
-        return grads, jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+        start = params, tx.init(params), params
+        (_, _, first), states = jax.lax.scan(step, start, jnp.arange(FIRST_STEPS))
+        return first, states
 
     grads, states = first_steps(params)
     report = stablegrad_optax.gradient_report(
@@ -88,27 +93,39 @@ def measure(network: Network, key: jax.Array) -> dict[str, Any]:
 
 def train(network: Network, key: jax.Array) -> dict[str, Any]:
     """Each optimizer's rate and its fresh scores; None where a run failed."""
-    known = default_optimizers()
-    result = compare_optimizers(
+
+    def optimizer(arm: jax.Array, rate: jax.Array) -> optax.GradientTransformation:
+        treatments = (
+            optax.identity(),
+            optax.clip_by_global_norm(1.0),
+            stablegrad(stacked_axes=network.stacked_axes),
+        )
+        b2 = jnp.where(arm == 0, 0.999, 0.9)
+        return optax.chain(one_of(arm, treatments), optax.adamw(rate, b2=b2))
+
+    problem = Problem(
         network.loss,
         network.init,
         network.sample,
-        {name: known[name] for name in ARMS},
-        learning_rates=RATES,
-        steps=STEPS,
+        network.score,
+        FAILURE,
+        network.steps,
+    )
+    trained = train_arms(
+        problem,
+        optimizer,
+        num_arms=len(ARMS),
+        rates=RATES,
         num_seeds=SEEDS,
         num_tuning_seeds=TUNING,
-        score=network.score,
-        failure_score=FAILURE,
         key=key,
-        parallel=SEEDS,
     )
     return {
         name: {
-            "learning_rate": result[name].learning_rate,
-            "scores": [runs.finite(x, digits=4) for x in result[name].scores],
+            "learning_rate": rate,
+            "scores": [runs.finite(x, digits=4) for x in scores],
         }
-        for name in ARMS
+        for name, (rate, scores) in zip(ARMS, trained, strict=True)
     }
 
 
@@ -118,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not chosen:
         fail(PROG, f"--networks: no name contains {options.networks!r}")
     try:
-        records = runs.read(options.results)
+        records = runs.read_lines(options.results)
     except ValueError as error:
         fail(PROG, str(error))
     # Programs that run for a second each: their compilation would take most of it.
@@ -133,11 +150,8 @@ def main(args: Sequence[str] | None = None) -> int:
             "family": network.family,
             **measure(network, jax.random.fold_in(key, 1)),
             "optimizers": train(network, key),
-            "steps": STEPS,
-            "device": figures.device_name(),
-            "jax": jax.__version__,
-            "stablegrad_optax": stablegrad_optax.__version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps": network.steps,
+            **machine.origin(),
         }
         runs.append(options.results, [record])
         records.append(record)

@@ -36,6 +36,7 @@ class Network:
         sample: key -> batch.
         score: parameters -> f[], relative.
         stacked_axes: as `gradient_report` takes it.
+        steps: how long it is trained.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Network:
     sample: Callable[[Array], Any]
     score: Callable[[PyTree], Array]
     stacked_axes: Any = None
+    steps: int = 200
 
 
 # Digits: images as vectors, as images, as sequences of rows or of pixels.
@@ -68,12 +70,14 @@ def of_digits(
     model: nn.Module,
     view: Callable[[Array], Array] = lambda images: images.reshape(len(images), -1),
     scale: float = 1.0,
+    batch_size: int = BATCH,
+    steps: int = 200,
 ) -> Network:
     """Classify digits; the loss times `scale`."""
     x_train, x_test, y_train, y_test = digits()
 
     def sample(key: Array) -> tuple[Array, Array]:
-        rows = jax.random.randint(key, (BATCH,), 0, len(x_train))
+        rows = jax.random.randint(key, (batch_size,), 0, len(x_train))
         return jnp.asarray(x_train)[rows], jnp.asarray(y_train)[rows]
 
     def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
@@ -85,10 +89,12 @@ def of_digits(
         logits = model.apply(params, view(jnp.asarray(x_test)))
         return jnp.mean(logits.argmax(-1) != y_test) / 0.9  # a guess has 0.9
 
-    example = jnp.asarray(x_train[:2])
-    return Network(
-        family, lambda key: model.init(key, view(example)), loss, sample, score
-    )
+    def init(key: Array) -> PyTree:
+        return model.init(key, view(jnp.asarray(x_train[:2])))
+
+    layers = jax.eval_shape(init, jax.random.key(0))["params"]
+    stacked = {name: int(name.startswith("stack_")) for name in layers}
+    return Network(family, init, loss, sample, score, {"params": stacked}, steps)
 
 
 class MLP(nn.Module):
@@ -112,6 +118,39 @@ class MLP(nn.Module):
         return nn.Dense(self.out)(x)
 
 
+def stack(block: type[nn.Module], length: int) -> Any:
+    """As many blocks as one scan: what is compiled does not grow with them."""
+    return nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
+    )
+
+
+def convolve(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """Images f[n, h, w, c], kernel f[3, 3, c, m]: a product of matrices.
+
+    XLA's convolution on a CPU is very slow for many kernels side by side.
+    """
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+Conv = partial(nn.Conv, features=8, kernel_size=(3, 3), conv_general_dilated=convolve)
+
+
+class Convolution(nn.Module):
+    kernel_init: Any
+    norm: bool
+    residual: bool
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        y = Conv(kernel_init=self.kernel_init)(x)
+        y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
+        return x + y if self.residual else y, None
+
+
 class CNN(nn.Module):
     depth: int
     kernel_init: Any = he
@@ -120,14 +159,31 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
-        for i in range(self.depth - 1):
-            y = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
-            y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
-            x = x + y if self.residual else y
-            if i == self.depth // 2:
-                x = nn.avg_pool(x, (2, 2), (2, 2))
+        block = self.kernel_init, self.norm, self.residual
+        half = self.depth // 2
+        x = Conv(kernel_init=self.kernel_init)(x)
+        x, _ = stack(Convolution, half)(*block, name="stack_0")(x, None)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        rest = self.depth - 1 - half
+        x, _ = stack(Convolution, rest)(*block, name="stack_1")(x, None)
         return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Block(nn.Module):
+    norm: str
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        x = self.around(x, nn.MultiHeadAttention(2))
+        layers = [nn.Dense(2 * self.width), nn.gelu, nn.Dense(self.width)]
+        return self.around(x, nn.Sequential(layers)), None
+
+    def around(self, x: Array, layer: nn.Module) -> Array:
+        if self.norm == "before":
+            return x + layer(nn.LayerNorm()(x))
+        x = x + layer(x)
+        return nn.LayerNorm()(x) if self.norm == "after" else x
 
 
 class Transformer(nn.Module):
@@ -137,22 +193,14 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = 32
+        width = 16
         embed = nn.Embed(self.vocabulary, width) if self.vocabulary else nn.Dense(width)
         x = embed(x)
         place = nn.initializers.normal(0.02)
         x = x + self.param("place", place, (x.shape[1], width))
-        for _ in range(self.depth):
-            x = self.block(x, nn.MultiHeadAttention(2))
-            x = self.block(x, nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(width)]))
+        x, _ = stack(Block, self.depth)(self.norm, width, name="stack_0")(x, None)
         x = nn.LayerNorm()(x) if self.norm == "before" else x
         return nn.Dense(10)(x.mean(1))
-
-    def block(self, x: Array, layer: nn.Module) -> Array:
-        if self.norm == "before":
-            return x + layer(nn.LayerNorm()(x))
-        x = x + layer(x)
-        return nn.LayerNorm()(x) if self.norm == "after" else x
 
 
 class Recurrent(nn.Module):
@@ -288,8 +336,10 @@ def _times(gain: float) -> Any:
 
 
 mlp = partial(of_digits, "MLP")
-cnn = partial(of_digits, "CNN", view=maps)
-transformer = partial(of_digits, "transformer", view=rows)
+# These take far longer a step.
+short = {"batch_size": 16, "steps": 100}
+cnn = partial(of_digits, "CNN", view=maps, **short)
+transformer = partial(of_digits, "transformer", view=rows, **short)
 recurrent = partial(of_digits, "recurrent")
 torch = {"kernel_init": _uniform(), "bias_init": _small_bias}
 
