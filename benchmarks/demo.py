@@ -5,10 +5,17 @@ weights and on the same points: AdamW, AdamW with b2=0.9, clipping, and StableGr
 Prints the errors against the exact solution and saves a figure.
 """
 
-import math
 import sys
+
+if __name__ == "__main__":
+    from benchmarks.lib.start import start
+
+    sys.exit(start("benchmarks.demo"))
+
+import math
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,26 +40,26 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks import figures
-from benchmarks.command_line import fail, parse
-from benchmarks.pinn.network import Network
-from benchmarks.pinn.problems import PROBLEMS, relative_l2
-from benchmarks.pinn.references import ReferenceFile, read_burgers
-from benchmarks.pinn.train import (
+from benchmarks.lib import figures
+from benchmarks.lib.arms import Arm
+from benchmarks.lib.command_line import fail, parse
+from benchmarks.lib.histories import History, train_together
+from benchmarks.lib.machine import provenance
+from benchmarks.lib.train import Moment, Rule, Training, record_steps
+from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS, Problem, relative_l2
+from benchmarks.tasks.pinn.references import ReferenceFile, read_burgers
+from benchmarks.tasks.pinn.task import (
     FAILURE_ERROR,
-    Cell,
-    History,
-    Record,
-    State,
+    Pinn,
+    evaluation,
     failed,
     predict,
-    time_arms,
-    train,
 )
 
 PROG = "python -m benchmarks.demo"
-ARMS = ("AdamW", "AdamW b2=0.9", "clip 1 + AdamW", "StableGrad + AdamW")
-SHOWN = "StableGrad + AdamW"  # whose gradients and solution the figure shows
+SHOWN = "StableGrad | AdamW"  # whose gradients and solution the figure shows
+ARMS = ("none | AdamW", "none | AdamW b2=0.9", "clip 1 | AdamW", SHOWN)
 DEPTH = {"poisson": 32, "burgers": 16}
 STEPS = {"poisson": 1500, "burgers": 3000}
 AGREEMENT = 1e-3  # the scores against Cole-Hopf and against a file
@@ -142,12 +149,21 @@ def check(options: Options) -> ReferenceFile | None:
             raise ValueError(f"--{flag} must be a finite number above 0, got {value}")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {options.seed}")
-    suffix = output_path(options).suffix
+    output = output_path(options)
+    suffix = output.suffix
     if suffix.lower() not in figures.FIGURE_SUFFIXES:
         allowed = ", ".join(figures.FIGURE_SUFFIXES)
         raise ValueError(
             f"--output must end in one of {allowed}, got {suffix or '?'!r}"
         )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+        if output.is_dir():
+            raise IsADirectoryError(f"{output} is a folder")
+    except OSError as error:
+        raise ValueError(f"--output cannot be written: {error}") from None
     if options.reference is None:
         return None
     if options.problem != "burgers":
@@ -164,28 +180,33 @@ def output_path(options: Options) -> Path:
 def run(
     options: Options, reference: ReferenceFile | None, console: Console
 ) -> list[Row]:
-    """Train, time, print the table, save the figure; returns the table's rows."""
+    """Train, print the table, save the figure; returns the table's rows."""
     begin = time.perf_counter()
+    problem = PROBLEMS[options.problem]()
     depth = options.depth or DEPTH[options.problem]
-    cell = Cell(
-        problem=PROBLEMS[options.problem](),
-        network=Network(depth, options.width, gain=options.gain),
-        arms=ARMS,
-        learning_rate=options.learning_rate,
-        steps=options.steps or STEPS[options.problem],
-    )
+    steps = options.steps or STEPS[options.problem]
+    network = Network(depth, options.width, gain=options.gain)
     console.print(
-        f"{cell.problem.equation}: depth {depth}, width {options.width}, tanh, "
-        f"gain {options.gain:.3g}, {cell.steps} steps, seed {options.seed}",
+        f"{problem.equation}: depth {depth}, width {options.width}, tanh, "
+        f"gain {options.gain:.3g}, {steps} steps, seed {options.seed}",
         highlight=False,
     )
-    state, history, ms_per_step = _train_with_progress(cell, options.seed, console)
-    rows = _rows(cell, state, history, reference, ms_per_step)
+    trainings = {
+        arm: Training(
+            Pinn(problem, network),
+            Rule(Arm.of(arm), steps),
+            record_steps(steps),
+            evaluation(problem),
+        )
+        for arm in ARMS
+    }
+    histories = _train_with_progress(trainings, options, console)
+    rows = _rows(problem, network, histories, reference)
     console.print(_table(rows, reference, options))
     if reference is not None:
-        _compare_references(reference, cell, options, console)
+        _compare_references(reference, problem, options, console)
     path = output_path(options)
-    figures.save(_figure(cell, state, history, options), path)
+    figures.save(_figure(problem, network, histories, options), path)
     console.print(
         f"Figure: {path}   ({time.perf_counter() - begin:.0f} s)", highlight=False
     )
@@ -193,8 +214,8 @@ def run(
 
 
 def _train_with_progress(
-    cell: Cell, seed: int, console: Console
-) -> tuple[State, History, dict[str, float]]:
+    trainings: Mapping[str, Training], options: Options, console: Console
+) -> dict[str, History]:
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -205,54 +226,52 @@ def _train_with_progress(
         TimeRemainingColumn(),
         console=console,
     )
+    steps = trainings[SHOWN].rule.steps
     # Not started, so that the time left is estimated from steps, not compilation.
-    training = progress.add_task("compiling", total=cell.steps, start=False)
-
+    training = progress.add_task("compiling", total=steps, start=False)
     try:
         with Live(progress, console=console) as live:
 
-            def show(record: Record) -> None:
+            def show(record: dict[str, Moment]) -> None:
                 progress.start_task(training)
-                progress.update(training, completed=record.step, description="training")
-                live.update(Group(progress, _current_errors(cell, record)))
+                done = record[SHOWN].step
+                progress.update(training, completed=done, description="training")
+                live.update(Group(progress, _current_errors(record)))
 
-            state, history = train(cell, seed, show)
+            return train_together(
+                trainings,
+                rate=options.learning_rate,
+                seed=options.seed,
+                on_record=show,
+            )
     finally:
         console.line()  # where the output is no terminal, Live does not end its line
-    with console.status("timing each optimizer alone"):
-        ms_per_step = time_arms(cell)
-    return state, history, ms_per_step
 
 
-def _current_errors(cell: Cell, record: Record) -> Table:
+def _current_errors(record: dict[str, Moment]) -> Table:
     table = Table.grid(padding=(0, 2))
-    for arm, error in zip(cell.arms, record.error, strict=True):
-        table.add_row(f"  {arm}", f"error {error:.3g}")
+    for arm, moment in record.items():
+        table.add_row(f"  {arm}", f"error {moment.scores['error'][0]:.3g}")
     return table
 
 
 def _rows(
-    cell: Cell,
-    state: State,
-    history: History,
+    problem: Problem,
+    network: Network,
+    histories: dict[str, History],
     reference: ReferenceFile | None,
-    ms_per_step: dict[str, float],
 ) -> list[Row]:
     """With a file, both errors are taken on the file's own grid."""
-    if reference is None:
-        errors = np.array([history.error[arm][-1] for arm in cell.arms])
-        errors_to_file = [None] * len(cell.arms)
-    else:
-        prediction = predict(cell, state.params, (reference.x, reference.t))
-        exact = cell.problem.solution(reference.x, reference.t)
-        errors = relative_l2(prediction, exact)
-        errors_to_file = relative_l2(prediction, reference.values).tolist()
-    return [
-        Row(arm, float(error), error_to_file, ms_per_step[arm])
-        for arm, error, error_to_file in zip(
-            cell.arms, errors, errors_to_file, strict=True
-        )
-    ]
+    rows = []
+    for arm, history in histories.items():
+        error, to_file = history.scores["error"][-1], None
+        if reference is not None:
+            axes = reference.x, reference.t
+            prediction = predict(network, history.params, axes)
+            error = relative_l2(prediction, problem.solution(*axes))
+            to_file = float(relative_l2(prediction, reference.values))
+        rows.append(Row(arm, float(error), to_file, history.ms_per_step))
+    return rows
 
 
 def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -> Table:
@@ -279,9 +298,9 @@ def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -
 
 
 def _compare_references(
-    reference: ReferenceFile, cell: Cell, options: Options, console: Console
+    reference: ReferenceFile, problem: Problem, options: Options, console: Console
 ) -> None:
-    exact = cell.problem.solution(reference.x, reference.t)
+    exact = problem.solution(reference.x, reference.t)
     difference = relative_l2(reference.values, exact)
     verdict = "agree" if difference <= AGREEMENT else "DISAGREE: trust the former"
     console.print(
@@ -291,24 +310,28 @@ def _compare_references(
     )
 
 
-def _figure(cell: Cell, state: State, history: History, options: Options) -> Figure:
-    problem, network = cell.problem, cell.network
+def _figure(
+    problem: Problem,
+    network: Network,
+    histories: dict[str, History],
+    options: Options,
+) -> Figure:
+    shown = histories[SHOWN]
     figure, axes = plt.subplot_mosaic(
         [["error", "before", "after"], ["error", "solution", "difference"]],
         figsize=(12, 6.6),
         width_ratios=[1.25, 1, 1],
         layout="constrained",
     )
-    figures.error_curves(
-        axes["error"], history.steps, history.error, failure=FAILURE_ERROR
-    )
+    errors = {arm: history.scores["error"] for arm, history in histories.items()}
+    figures.error_curves(axes["error"], shown.steps, errors, failure=FAILURE_ERROR)
     axes["error"].set_title("Error against the exact solution")
 
-    before, after = history.grad_std[SHOWN], history.scaled_std[SHOWN]
+    before, after = shown.stds, shown.scaled
     limit = figures.log_limit([before, after])
-    figures.heat_map(axes["before"], history.steps, before, limit=limit)
+    figures.heat_map(axes["before"], shown.steps, before, limit=limit)
     axes["before"].set_title("Gradient std before scaling ...")
-    mesh = figures.heat_map(axes["after"], history.steps, after, limit=limit)
+    mesh = figures.heat_map(axes["after"], shown.steps, after, limit=limit)
     axes["after"].set_title("... and after (white: the reference, 1)")
     figure.colorbar(
         mesh,
@@ -317,7 +340,7 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
     )
 
     solution = problem.solution(*problem.axes())
-    prediction = predict(cell, state.params, problem.axes())[cell.arms.index(SHOWN)]
+    prediction = predict(network, shown.params, problem.axes())
     figures.field(
         axes["solution"],
         problem.axes(),
@@ -341,14 +364,10 @@ def _figure(cell: Cell, state: State, history: History, options: Options) -> Fig
     figure.suptitle(f"{problem.name.capitalize()}: {problem.equation}", fontsize=13)
     figure.supxlabel(
         f"{network.depth} hidden layers of {network.width} {network.activation} units, "
-        f"gain {network.gain:.3g}, learning rate {cell.learning_rate:g} (cosine to 0), "
-        f"seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one colour "
-        f"scale.\n{figures.provenance()}",
+        f"gain {network.gain:.3g}, learning rate {options.learning_rate:g} (cosine to "
+        f"0), seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one "
+        f"colour scale.\n{provenance()}",
         fontsize=9,
         color="0.3",
     )
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,13 +4,19 @@ A healthy one, one whose gradients explode, and one with the default initializer
 Equinox and PyTorch, whose gradients differ by orders of magnitude between layers.
 """
 
-from functools import partial
+import sys
+
+if __name__ == "__main__":
+    from benchmarks.lib.start import start
+
+    sys.exit(start("benchmarks.gradients"))
 
 import jax
 
 import stablegrad_optax
-from benchmarks.pinn.network import Network, Params
-from benchmarks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.network import Network, Params
+from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.task import Pinn
 
 NETWORKS = {
     "Poisson, depth 8, gain 1": ("poisson", Network(depth=8, gain=1.0)),
@@ -24,20 +30,14 @@ NETWORKS = {
 
 def first_gradient(problem: Problem, network: Network, seed: int = 0) -> Params:
     """The gradient of the loss at the initial weights."""
+    task = Pinn(problem, network)
     key_weights, key_points = jax.random.split(jax.random.key(seed))
     points = problem.sample(key_points)
-
-    def loss(params: Params) -> jax.Array:
-        return problem.loss(partial(network.derivatives, params), points)
-
-    return jax.jit(jax.grad(loss))(network.init(key_weights))
+    return jax.jit(task.gradient_at)(network.init(key_weights), points).grads
 
 
-def main() -> None:
+def main() -> int:
     for title, (problem, network) in NETWORKS.items():
         grads = first_gradient(PROBLEMS[problem](), network)
         print(f"{title}\n\n{stablegrad_optax.gradient_report(grads)}\n")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

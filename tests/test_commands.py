@@ -2,11 +2,9 @@
 
 import pytest
 
-from benchmarks import demo, report
+from benchmarks import __main__ as suites
+from benchmarks import demo
 from benchmarks.overhead import __main__ as overhead
-from benchmarks.pinn import __main__ as pinn
-from benchmarks.spikes import __main__ as spikes
-from benchmarks.vision import __main__ as vision
 
 
 @pytest.mark.parametrize(
@@ -33,21 +31,37 @@ from benchmarks.vision import __main__ as vision
         (overhead, ["--leaves", "0"], "--leaves must be at least 1, got 0"),
         (overhead, ["--trees", "z"], "trees"),
         (overhead, ["--rounds", "many"], "whole number"),
-        (pinn, ["--preset", "huge"], "smoke"),
-        (pinn, ["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (pinn, ["--workers", "0"], "--workers must be at least 1, got 0"),
-        (spikes, ["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (spikes, ["--workers", "0"], "--workers must be at least 1, got 0"),
-        (spikes, ["--preset", "huge"], "smoke"),
-        (vision, ["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (vision, ["--workers", "0"], "--workers must be at least 1, got 0"),
-        (vision, ["--preset", "cifar"], "CIFAR-10 (JPEG) needs --data-dir"),
-        (report, ["pinn", "--results", "none.jsonl"], "none.jsonl holds no runs"),
+        (suites, [], "run"),
+        (suites, ["run"], "run needs a suite of pinn, "),
+        (suites, ["run", "chess"], "vision"),
+        (suites, ["run", "pinn", "--preset", "huge"], "one of smoke, "),
+        (suites, ["run", "pinn", "--minutes", "0"], "--minutes must be above 0, got 0"),
+        (suites, ["run", "pinn", "--workers", "0"], "--workers must be at least 1"),
+        (suites, ["run", "vision", "--preset", "cifar"], "$STABLEGRAD_DATA must name"),
+        (suites, ["run", "pinn", "--results", "setup.cfg/x"], "setup.cfg"),
+        (suites, ["report", "pinn", "--results", "none.jsonl"], "none.jsonl holds no"),
+        (suites, ["time", "pinn"], "no step that is timed"),
+        (suites, ["time", "vision", "--rounds", "0"], "--rounds must be at least 1"),
     ],
 )
-def test_a_mistake_is_refused_in_one_line(command, args, words, capsys):
+def test_a_mistake_is_refused_in_one_line(
+    command, args, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("STABLEGRAD_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.cfg").write_text("")
     with pytest.raises(SystemExit) as stop:
         command.main(args)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize("args", [["report", "pinn"], ["run", "pinn"]])
+def test_a_file_that_holds_something_else_costs_one_line(args, capsys, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"answer": 42}\n')
+    with pytest.raises(SystemExit):
+        suites.main([*args, "--results", str(path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.jsonl, line 1, is not a run: it has no arm" in line

@@ -12,18 +12,12 @@ import scipy.io
 from rich.console import Console
 
 import stablegrad_optax
-from benchmarks import demo, figures
-from benchmarks.pinn.network import Network
-from benchmarks.pinn.problems import PROBLEMS
-from benchmarks.pinn.references import cole_hopf
-from benchmarks.pinn.train import Cell, advance, record_steps, start, train
+from benchmarks import demo
+from benchmarks.lib import figures
+from benchmarks.tasks.pinn.references import cole_hopf, read_burgers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# One object for the tests that train it: its program is compiled once.
-TWO_ARMS = Cell(
-    PROBLEMS["poisson"](), Network(2, 8), ("AdamW", "StableGrad + AdamW"), 1e-3, 12
-)
 SMALL = ["--depth", "2", "--width", "4", "--steps", "5"]
 
 
@@ -67,7 +61,7 @@ def interrupt(*args, **kwargs):
 
 
 def test_stopping_it_says_so_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "train", interrupt)
+    monkeypatch.setattr(demo, "train_together", interrupt)
     assert demo.main([*SMALL, "--output", str(tmp_path / "figure.png")]) == 130
     assert capsys.readouterr().out.splitlines()[-1].startswith("Stopped")
     assert not os.listdir(tmp_path)
@@ -78,7 +72,7 @@ def test_a_figure_is_whole_or_what_was_there_before(where, tmp_path, monkeypatch
     path = tmp_path / "figure.png"
     path.write_text("what was there before")
     with monkeypatch.context() as patch:
-        patch.setattr(f"benchmarks.figures.{where}", interrupt)
+        patch.setattr(f"benchmarks.lib.figures.{where}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             figures.save(figures.plt.figure(), path)
     assert os.listdir(tmp_path) == ["figure.png"]
@@ -87,53 +81,45 @@ def test_a_figure_is_whole_or_what_was_there_before(where, tmp_path, monkeypatch
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 60, 1500])
-def test_records_end_with_the_last_step(steps):
-    at = record_steps(steps)
-    assert at[0] == 1
-    assert at[-1] == steps
-    assert np.all(np.diff(at) > 0)
+def test_a_width_of_1_is_drawn(tmp_path):
+    """Its inner kernels have one entry: no spread, and no factor."""
+    path = tmp_path / "figure.png"
+    assert (
+        demo.main(["--width", "1", *SMALL[:2], *SMALL[4:], "--output", str(path)]) == 0
+    )
+    assert path.exists()
 
 
-def test_arms_start_alike_and_train_independently():
-    cell = TWO_ARMS
-    key = jax.random.key(0)
-    begin = start(cell, key)
-    for leaf in jax.tree.leaves(begin.params):
-        np.testing.assert_array_equal(leaf[0], leaf[1])
-    both = advance(cell, begin, key, (0, 12), (0, 2))
-    alone = advance(cell, begin, key, (0, 12), (1, 2))
-    for side, single, initial in zip(
-        *map(jax.tree.leaves, (both.params, alone.params, begin.params)), strict=True
-    ):
-        np.testing.assert_array_equal(side[1], single[1])
-        np.testing.assert_array_equal(single[0], initial[0])
+def test_a_reference_that_is_no_number_is_refused(tmp_path):
+    x, t = np.linspace(-1, 1, 5), np.linspace(0, 1, 4)
+    path, values = tmp_path / "burgers.mat", np.zeros((5, 4))
+    values[2, 1] = np.nan
+    scipy.io.savemat(path, {"x": x, "t": t, "usol": values})
+    with pytest.raises(ValueError, match="x, t and usol must be finite numbers"):
+        read_burgers(path)
 
 
-def test_records_hold_the_gradients_before_and_after_scaling():
-    _, history = train(TWO_ARMS, seed=0)
-    assert list(history.scaled_std) == ["StableGrad + AdamW"]
-    assert list(history.scaled_std["StableGrad + AdamW"]) == [
-        f"dense_{layer}/kernel" for layer in range(3)
-    ]
-    for kernel, std in history.grad_std["AdamW"].items():
-        # The gradient of the first step is that of the same weights on the same points.
-        first = history.grad_std["StableGrad + AdamW"][kernel][0]
-        assert std[0] == pytest.approx(first, rel=1e-5)
-    # The factor is 1 / max(std, rms / 10): 1 after it unless the mean exceeds ten
-    # standard deviations.
-    for std in history.scaled_std["StableGrad + AdamW"].values():
-        np.testing.assert_allclose(std, 1, rtol=1e-4)
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(demo, "run", interrupt)  # it is not reached
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for output in ("file/figure.png", "folder.png"):
+        with pytest.raises(SystemExit) as stop:
+            demo.main(["--output", str(tmp_path / output)])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--output cannot be written" in line
 
 
 @pytest.mark.slow
-def test_adamw_fails_where_stablegrad_solves():
-    """Depth 32, gain 5/3, seed 0: the demo's own run, two of its arms."""
-    arms = ("AdamW", "StableGrad + AdamW")
-    cell = Cell(PROBLEMS["poisson"](), Network(32, 32, gain=5 / 3), arms, 1e-3, 1500)
-    _, history = train(cell, seed=0)
-    assert history.error["AdamW"][-1] > 0.5
-    assert history.error["StableGrad + AdamW"][-1] < 0.1
+def test_adamw_fails_where_stablegrad_solves(tmp_path):
+    """Depth 32, gain 5/3, seed 0: the demo as it is."""
+    options = demo.Options(output=tmp_path / "figure.png")
+    rows = {row.arm: row for row in demo.run(options, None, Console(quiet=True))}
+    assert rows["none | AdamW"].error > 0.5
+    assert rows["StableGrad | AdamW"].error < 0.1
 
 
 def test_a_history_of_factors_is_one_heat_map():

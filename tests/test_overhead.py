@@ -12,7 +12,7 @@ import pytest
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import programs, report, suite, timing, trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS, Arm
-from benchmarks.vision.models import ResNet
+from benchmarks.tasks.images.models import ResNet
 
 # Large leaves, as matrices and as convolutions: their sums are kernels of their own
 # kind on a CPU (YNNPACK).

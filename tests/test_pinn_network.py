@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.pinn.network import ACTIVATIONS, INITIALIZERS, Network
+from benchmarks.tasks.pinn.network import ACTIVATIONS, INITIALIZERS, Network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

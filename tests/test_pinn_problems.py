@@ -9,9 +9,9 @@ import pytest
 import scipy.io
 from reference_data import reference_file
 
-from benchmarks.pinn.network import Derivatives, Network, SecondOrder
-from benchmarks.pinn.problems import PROBLEMS, relative_l2
-from benchmarks.pinn.references import allen_cahn, cole_hopf, read_burgers
+from benchmarks.tasks.pinn.network import Derivatives, Network, SecondOrder
+from benchmarks.tasks.pinn.problems import PROBLEMS, relative_l2
+from benchmarks.tasks.pinn.references import allen_cahn, cole_hopf, read_burgers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from benchmarks.pinn.network import Network
-from benchmarks.pinn.problems import PROBLEMS
+from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS
 from stablegrad_optax import prediction_grad_std, value_and_grad_with_prediction_std
 
 sigma_of = jax.jit(prediction_grad_std)

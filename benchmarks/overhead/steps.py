@@ -1,90 +1,65 @@
 """Whole training steps, with a transformation and without: batch, gradient, update."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 
-from benchmarks.overhead.arms import ARMS, BASELINE
-from benchmarks.overhead.timing import Times, interleave
-from benchmarks.pinn.gradient import value_and_grads
-from benchmarks.pinn.network import Network
-from benchmarks.pinn.problems import PROBLEMS
-from benchmarks.vision.models import ResNet
+from benchmarks.lib.arms import Arm
+from benchmarks.lib.timing import Times, time_trainings
+from benchmarks.lib.train import Rule, Task, Training
+from benchmarks.overhead.arms import BASELINE
+from benchmarks.tasks.images.data import Images
+from benchmarks.tasks.images.models import ResNet
+from benchmarks.tasks.images.task import Classifier, Recipe
+from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS
+from benchmarks.tasks.pinn.task import Pinn
 
-Params = Any
+STEPS = 1000  # of the schedule
+# The names here -> those of `benchmarks.lib.arms`.
+ARMS = {
+    BASELINE: "none | AdamW",
+    "stablegrad": "StableGrad | AdamW",
+    "gradient_stabilizer": "GradientStabilizer | AdamW",
+    "gradient_autoscaled_normalization": "GradientAutoscaled | AdamW",
+}
 
 
-class Training(NamedTuple):
-    """A network and what its step computes before the optimizer's turn."""
+class Step(NamedTuple):
+    """What is trained, and its name."""
 
     title: str
-    init: Callable[[jax.Array], Params]
-    grad: Callable[[Params, jax.Array], Params]  # at a key's batch
+    task: Task
 
 
-def resnet20(batch: int = 64) -> Training:
+def resnet20(batch: int = 64) -> Step:
     """ResNet-20 without BatchNorm on images of CIFAR's size; the pixels are noise."""
-    model = ResNet(depth=20, norm="none")
-
-    def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = model.apply(params, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
-
-    def grad(params: Params, key: jax.Array) -> Params:
-        images = jax.random.normal(key, (batch, 32, 32, 3))
-        labels = jax.random.randint(key, (batch,), 0, 10)
-        return jax.grad(loss)(params, images, labels)
-
-    return Training(
-        f"ResNet-20 without BatchNorm, batch {batch}",
-        lambda key: model.init(key, jnp.zeros((1, 32, 32, 3))),
-        grad,
+    rng = np.random.default_rng(0)
+    images = Images(
+        rng.integers(0, 256, (512, 32, 32, 3), np.uint8),
+        rng.integers(0, 10, 512, np.int32),
     )
+    recipe = Recipe((0.5,) * 3, (0.3,) * 3, padding=0, flip=False)
+    model = ResNet(depth=20, norm="none")
+    task = Classifier(images, model, recipe, batch, STEPS)
+    return Step(f"ResNet-20 without BatchNorm, batch {batch}", task)
 
 
-def pinn(depth: int = 32) -> Training:
+def pinn(depth: int = 32) -> Step:
     """The network and problem of the demo."""
-    problem, network = PROBLEMS["poisson"](), Network(depth, 32)
-
-    def grad(params: Params, key: jax.Array) -> Params:
-        _, grads, _ = value_and_grads(problem, network, params, problem.sample(key))
-        return grads
-
-    return Training(f"PINN, depth {depth}, width 32", network.init, grad)
+    task = Pinn(PROBLEMS["poisson"](), Network(depth, 32))
+    return Step(f"PINN, depth {depth}, width 32", task)
 
 
 # name -> the training
-TRAININGS: dict[str, Callable[[], Training]] = {"resnet20": resnet20, "pinn": pinn}
+TRAININGS: dict[str, Callable[[], Step]] = {"resnet20": resnet20, "pinn": pinn}
 
 
-def time_training(training: Training, arms: list[str], rounds: int) -> dict[str, Times]:
+def time_training(step: Step, arms: Iterable[str], rounds: int) -> dict[str, Times]:
     """A step of every arm; BASELINE must be among them."""
-    key = jax.random.key(0)
-    stretches = {name: _stretch(training, name, key) for name in arms}
-    return interleave(stretches, rounds, BASELINE)
-
-
-def _stretch(training: Training, arm: str, key: jax.Array) -> Callable[[int], None]:
-    tx = optax.chain(*ARMS[arm].parts())
-    params = training.init(key)
-    state = tx.init(params)
-
-    @jax.jit
-    def step(
-        state: optax.OptState, params: Params, key: jax.Array
-    ) -> tuple[optax.OptState, Params, jax.Array]:
-        updates, state = tx.update(training.grad(params, key), state, params)
-        key, _ = jax.random.split(key)
-        return state, optax.apply_updates(params, updates), key
-
-    def run(steps: int) -> None:
-        nonlocal state, params, key
-        for _ in range(steps):
-            state, params, key = step(state, params, key)
-        jax.block_until_ready(params)
-
-    return run
+    trainings = {
+        arm: Training(step.task, Rule(Arm.of(ARMS[arm]), STEPS), (STEPS,))
+        for arm in arms
+    }
+    return time_trainings(trainings, rounds, BASELINE)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import stablegrad_optax
-from benchmarks import figures, runs
+from benchmarks.lib import machine, runs
 from benchmarks.overhead import (
     compiled,
     compilers,
@@ -59,7 +59,7 @@ class Suite:
 
     def __init__(self, path: Path, rounds: int, say: Callable[[str], None]):
         self._path, self._rounds, self._say = path, rounds, say
-        self._records = {key_of(record): record for record in runs.read(path)}
+        self._records = {key_of(record): record for record in runs.read_lines(path)}
 
     @property
     def records(self) -> list[Record]:
@@ -200,7 +200,7 @@ def provenance() -> Record:
     """Where a number comes from."""
     return {
         "platform": jax.default_backend(),
-        "device": figures.device_name(),
+        "device": machine.device_name(),
         "processor": _processor(),
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.pinn.network import Network
+from benchmarks.tasks.pinn.network import Network
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # layer -> leaf -> shape
 Tree = dict[str, dict[str, jax.Array]]

@@ -1,0 +1,1 @@
+"""The engine: arms, grids, the training loop, what is said about finished runs."""

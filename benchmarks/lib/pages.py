@@ -1,0 +1,96 @@
+"""Writes the page of a suite, its tables and figures, from finished runs alone."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.lib import figures
+from benchmarks.lib.runs import Record
+from benchmarks.lib.suite import Choice, lowest_median
+from benchmarks.lib.summary import Scores, provenance, scores
+
+matplotlib.use("Agg")  # figures are saved, no window is opened
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a suite's page is made of.
+
+    Attributes:
+        suite: its name, with which all files begin.
+        head: title and first lines, Markdown.
+        cell: the settings that make a cell of `scores`.
+        count: says how much of a preset there is, after the number of its runs.
+        summary: Markdown; stands before the notes and the figures of a preset.
+        figures: name -> what draws one of a preset, or finds nothing to draw.
+        tables: Markdown; stands behind them.
+        times: the lines of `time` -> Markdown, the last of the page.
+    """
+
+    suite: str
+    head: str
+    cell: tuple[str, ...]
+    count: Callable[[Scores], str]
+    summary: Callable[[Scores], str]
+    figures: Mapping[str, Callable[[Scores], Figure | None]]
+    tables: Callable[[Scores], str]
+    times: Callable[[Sequence[Record]], str] | None = None
+
+
+def write(
+    page: Page,
+    records: Sequence[Record],
+    choice: Callable[[str], Choice],
+    folder: Path,
+) -> list[Path]:
+    """Write `<suite>.md` and, for each preset, its figures; returns their paths.
+
+    A file `<suite>_<preset>_notes.md` beside them, written by hand, is put under the
+    preset's summary.
+
+    Args:
+        page: what to write.
+        records: the lines of the suite's file.
+        choice: preset -> how its rates were chosen.
+        folder: where to.
+    """
+    by_preset: dict[str, list[Record]] = {}
+    times = [record for record in records if record["phase"] == "timing"]
+    for record in records:
+        if record["phase"] != "timing":
+            by_preset.setdefault(record["preset"], []).append(record)
+    text, paths = [page.head], []
+    for preset, of_preset in by_preset.items():
+        choose = choice(preset)
+        table = scores(of_preset, page.cell, choose)
+        stem = f"{page.suite}_{preset}"
+        drawn: list[Path] = []
+        if table:
+            named = ((name, draw(table)) for name, draw in page.figures.items())
+            drawn = figures.save_all(named, provenance(of_preset), folder, stem)
+        notes = folder / f"{stem}_notes.md"
+        parts = [
+            f"\n## Preset {preset}\n",
+            f"{len(of_preset)} runs, {page.count(table)}; {provenance(of_preset)}.\n",
+            "" if choose is lowest_median else f"{_rule(choose)}\n",
+            page.summary(table),
+            notes.read_text().strip() + "\n" if notes.exists() else "",
+            *(f"![{path.stem}]({path.name})\n" for path in drawn),
+            page.tables(table),
+        ]
+        text.append("\n".join(part for part in parts if part))
+        paths += drawn
+    if times and page.times is not None:
+        text.append(page.times(times))
+    markdown = folder / f"{page.suite}.md"
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text("\n".join(text))
+    return [markdown, *paths]
+
+
+def _rule(choose: Choice) -> str:
+    return f"Rates are chosen by another rule. {inspect.getdoc(choose)}"

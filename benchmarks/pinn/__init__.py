@@ -1,1 +1,0 @@
-"""Physics-informed networks: problems, networks, arms and training."""

@@ -1,1 +1,0 @@
-"""Spikes, low precision and weight decay: what GradientStabilizer is for."""

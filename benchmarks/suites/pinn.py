@@ -1,0 +1,270 @@
+"""Physics-informed networks under every optimizer, from six laws of initial weights."""
+
+from functools import cache
+
+import numpy as np
+
+from benchmarks.lib.arms import Arm, pairs
+from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
+from benchmarks.lib.suite import (
+    Entry,
+    Preset,
+    Protocol,
+    Suite,
+    entries,
+    lowest_worst_with_margin,
+)
+from benchmarks.lib.train import Curves, Rule, Training, record_steps
+from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.task import Pinn, evaluation, failed
+
+# name in the results -> what it means for `Network`
+INITS: dict[str, dict[str, str | float]] = {
+    "normal 0.3": {"initializer": "normal", "gain": 0.3},
+    "normal 1": {"initializer": "normal", "gain": 1.0},
+    "normal 5/3": {"initializer": "normal", "gain": 5 / 3},
+    "uniform": {"initializer": "uniform"},
+    "glorot": {"initializer": "glorot"},
+    "activation-aware": {"initializer": "activation_aware"},
+}
+
+ARMS = (
+    *pairs(["none"], ["AdamW", "AdamW b2=0.9", "Adam eps=1e-16"]),
+    "clip 1 | AdamW",
+    "StableGrad | AdamW",
+    "StableGrad field | AdamW",
+    "StableGrad residuals | AdamW",
+    "StableGrad residuals, limit 2 | AdamW",
+    "StableGrad, biases untouched | AdamW",
+    *pairs(["StableGrad"], ["AdamW b2=0.9", "AdamW b2=0.99"]),
+    "StableGrad, biases untouched | AdamW b2=0.9",
+    *pairs(["GradientStabilizer", "GradientAutoscaled", "mean removal"], ["AdamW"]),
+    *pairs(["none"], ["NovoGrad", "LAMB"]),
+    *pairs(["none", "clip 1", "StableGrad"], ["momentum"]),
+)
+# The optimizer behind: Muon with and without a scale control, and the best of AdamW's.
+BEHIND = (
+    *pairs(
+        [
+            "none",
+            "clip 1",
+            "StableGrad",
+            "unit norm by leaf",
+            "unit norm",
+            "GradientStabilizer",
+            "GradientStabilizer .7 .9",
+        ],
+        ["Muon"],
+    ),
+    *pairs(["none", "clip 1"], ["Muon eps=1e-30"]),
+    *pairs(["StableGrad", "none", "clip 1"], ["AdamW b2=0.9"]),
+    "none | AdamW",
+)
+# Where the scale of the optimizer's input differs from the others'.
+RATES = {
+    "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
+    "StableGrad | momentum": (1e-5, 1e-4, 1e-3, 3e-3),
+}
+
+
+def _cell(problem: str, init: str, depth: int, **others: str | int) -> Settings:
+    """What is trained, whatever the arm; `init` is a name of `INITS`."""
+    return {
+        "problem": problem,
+        "depth": depth,
+        "width": 32,
+        "activation": "tanh",
+        "init": init,
+        "steps": 1000,
+        **others,
+    }
+
+
+def _cells(
+    problem: str, inits: tuple[str, ...], depths: tuple[int, ...], **others: str | int
+) -> tuple[Settings, ...]:
+    return tuple(
+        _cell(problem, init, depth, **others) for depth in depths for init in inits
+    )
+
+
+def _groups(
+    preset: str,
+    cells: tuple[Settings, ...],
+    arms: tuple[str, ...],
+    *,
+    rates: tuple[float, ...] | None = None,
+    joined: bool = False,
+) -> list[list[Entry]]:
+    """Every arm in every cell.
+
+    Args:
+        preset: its name.
+        cells: in the order in which they are computed.
+        arms: in the order in which they are computed.
+        rates: one for each cell; by default each arm's is to be chosen.
+        joined: whether cells that differ in their initial weights alone are computed
+            side by side, as suits a GPU.
+    """
+    groups: dict[tuple, list[Entry]] = {}
+    for index, cell in enumerate(cells):
+
+        def rates_of(arm: Arm, index: int = index) -> tuple[float, ...]:
+            tuned = RATES.get(arm.name, arm.rates)
+            return tuned if rates is None else (rates[index],)
+
+        shape = tuple(v for key, v in cell.items() if not (joined and key == "init"))
+        # A step's work grows with the number of kernels.
+        cost = cell["steps"] * (cell["depth"] + 1)
+        for (entry,) in entries(preset, cell, arms, rates_of, cost=cost):
+            groups.setdefault((*shape, entry.settings["arm"]), []).append(entry)
+    return list(groups.values())
+
+
+# The starts that told optimizers apart come first: a grid that is not finished yet
+# should answer the questions that matter.
+_TELLING = ("normal 5/3", "uniform", "normal 1")
+_OTHERS = tuple(init for init in INITS if init not in _TELLING)
+_PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
+
+PRESETS = {
+    "smoke": Preset(
+        _groups(
+            "smoke",
+            _cells("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
+            pairs(["none", "StableGrad", "StableGrad residuals"], ["AdamW"]),
+        ),
+        Protocol((0,), (100, 101, 102)),
+        "seconds",
+        "every part of the machinery; its errors mean nothing",
+    ),
+    "twenty-seeds": Preset(
+        _groups(
+            "twenty-seeds",
+            (
+                _cell("poisson", "uniform", 32, steps=1500),
+                _cell("poisson", "normal 5/3", 50, steps=1500),
+            ),
+            (
+                *pairs(["StableGrad"], ["AdamW", "AdamW b2=0.99", "AdamW b2=0.9"]),
+                "none | AdamW b2=0.9",
+                "clip 1 | AdamW",
+                *pairs(["none"], ["AdamW", "Adam eps=1e-16"]),
+                "StableGrad field | AdamW",
+                "StableGrad residuals | AdamW",
+                "StableGrad residuals, limit 2 | AdamW",
+            ),
+            rates=(3e-3, 1e-3),
+        ),
+        Protocol((), tuple(range(200, 220))),
+        "1 hour on 2 idle cores",
+        "ten arms at a fixed rate, 20 seeds, where clipping and b2=0.9 failed",
+    ),
+    "cpu": Preset(
+        _groups(
+            "cpu",
+            (
+                *_cells("poisson", _TELLING, (32, 16)),
+                *_cells("burgers", _TELLING, (8,)),
+                _cell("allen_cahn", "normal 5/3", 8),
+                _cell("helmholtz_4_4", "normal 5/3", 8),
+                *_cells("poisson", (*_TELLING, *_OTHERS), (8, 4)),
+                _cell("poisson", "uniform", 8, activation="sin"),
+                _cell("poisson", "uniform", 8, activation="silu"),
+            ),
+            ARMS,
+        ),
+        _PROTOCOL,
+        "3 hours on 2 idle cores",
+        "25 cells of 4 problems, depth 4 to 32, 20 arms",
+        workers=2,
+    ),
+    "behind": Preset(
+        _groups(
+            "behind",
+            (
+                _cell("poisson", "uniform", 50, steps=1500),
+                _cell("poisson", "normal 0.3", 32, steps=1500),
+                *_cells("poisson", _TELLING, (32,), steps=1500),
+            ),
+            BEHIND,
+        ),
+        Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
+        "3 hours on 2 idle cores",
+        "Muon and AdamW behind each scale control, depth 32 and 50",
+        workers=2,
+    ),
+    "gpu": Preset(
+        _groups(
+            "gpu",
+            tuple(
+                cell
+                for problem, depths in (
+                    ("poisson", (32, 50, 16)),
+                    ("burgers", (32, 16)),
+                    ("helmholtz_1_4", (32, 16)),
+                    ("allen_cahn", (32, 16)),
+                )
+                for cell in _cells(problem, tuple(INITS), depths, width=128, steps=3000)
+            ),
+            ARMS,
+            joined=True,
+        ),
+        _PROTOCOL,
+        "hours on a GPU; --minutes 8 cuts it in pieces",
+        "wider and longer, the initial weights side by side",
+    ),
+}
+
+
+@cache  # one object for each: programs are compiled for an object
+def _problem(name: str) -> Problem:
+    return PROBLEMS[name]()
+
+
+def training(settings: Settings, phase: Phase) -> Training:
+    """A network of the settings; both phases are scored on the same grid."""
+    del phase
+    problem, steps = _problem(settings["problem"]), settings["steps"]
+    network = Network(
+        settings["depth"],
+        settings["width"],
+        settings["activation"],
+        **INITS[settings["init"]],
+    )
+    return Training(
+        Pinn(problem, network),
+        Rule(Arm.of(settings["arm"]), steps),
+        record_steps(steps, early=8, even=12),
+        evaluation(problem),
+    )
+
+
+def keep(run: Run, curves: Curves) -> Record:
+    """`error` is relative L2; `layers` log10 of the std of each kernel's gradient."""
+    errors = curves.scores["error"]
+    record: Record = {
+        "error": finite(float(errors[-1])),
+        "failed": failed(float(errors[-1])),
+        "ms_per_step": finite(curves.ms_per_step, digits=4),
+    }
+    if run.phase == "reported":
+        record["curve"] = {
+            "step": curves.steps.tolist(),
+            "error": [finite(float(error), digits=3) for error in errors],
+        }
+    if run.detailed:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            exponents = np.log10(curves.stds.astype(float)).round(1)
+        record["layers"] = [[finite(e) for e in row] for row in exponents.tolist()]
+    return record
+
+
+SUITE = Suite(
+    "pinn",
+    "physics-informed networks; errors are relative L2",
+    PRESETS,
+    training,
+    keep,
+)

@@ -1,0 +1,293 @@
+"""Tables and figures of the vision grids, from the file of their runs alone."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from benchmarks.lib import figures
+from benchmarks.lib.arms import SEPARATOR, among, in_order
+from benchmarks.lib.pages import Page
+from benchmarks.lib.runs import Record
+from benchmarks.lib.summary import (
+    Cell,
+    Score,
+    Scores,
+    arms_table,
+    regret,
+    regret_table,
+)
+from benchmarks.suites.vision import TREATMENTS
+
+CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
+CHANCE = {"cifar100": 1.0}  # per cent; 10 where a data set is not named
+# The arms of the figures with lines; tables and the dots have all of them.
+FOCUS = (
+    "none",
+    "clip 1",
+    "AGC 0.01",
+    "StableGrad 0.01",
+    "StableGrad prediction",
+    "StableGrad 0.01, biases untouched",
+    "GradientAutoscaled",
+)
+HISTOGRAMS = ("none", "clip 1", "StableGrad 0.01")
+NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
+
+
+# Markdown
+
+_HEAD = """\
+# Image classifiers with BatchNorm and without
+
+Written by `python -m benchmarks report vision` from `vision.jsonl`; not edited by hand.
+
+Accuracies on test images after the last step. A run fails if its accuracy is not \
+above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
+is "tuned", each arm's is the one of its fixed set with the lowest median error \
+over the tuning seeds on validation images, failures last; else all arms have the rate \
+that is named, in their own scale: under momentum 0.03 times it for the two \
+"prediction" arms, 0.01 times it for "z-score", whose gradients are larger by as much. \
+"0.01" is the constant reference; "prediction" is the \
+prediction's gradient per example; "mean removal" is Gradient Autoscaled \
+Normalization without its factor. All arms have equal steps, initial weights and \
+batches; float32; 5 % warm-up, then a half cosine to 0.
+"""
+
+
+def _count(table: Scores) -> str:
+    return f"{len(table)} cells"
+
+
+def _summary(table: Scores) -> str:
+    tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
+    return regret_table(
+        regret(tuned, lambda error, best: 100 * (error - best)),
+        "cells with tuned rates",
+        cost="in points of median accuracy behind the best arm of the cell",
+        digits=1,
+    )
+
+
+def _accuracy_tables(table: Scores) -> str:
+    """For each data set and norm: arms against models and optimizers."""
+    blocks: dict[Cell, list[Cell]] = {}
+    for cell in table:
+        blocks.setdefault(cell[:2], []).append(cell)
+    parts = []
+    for (data, norm), cells in blocks.items():
+        columns = {_setting(cell): table[cell] for cell in cells}
+        parts.append(
+            f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
+            "(failed runs) at the learning rate; bold: within 1 point of the column's "
+            "highest mean.\n\n" + arms_table(columns, _entry, TREATMENTS)
+        )
+    return "\n".join(parts)
+
+
+def _norm(norm: str) -> str:
+    return "with BatchNorm" if norm == "batch" else "without BatchNorm"
+
+
+def _setting(cell: Cell) -> str:
+    _, _, model, width, optimizer, rate, batch, steps = cell
+    how = "tuned" if rate == "tuned" else f"rate {rate}"
+    return f"{model}, width {width}, {optimizer}, {how}, {steps} steps of {batch}"
+
+
+def _accuracies(score: Score) -> np.ndarray:
+    """Per cent, f[seeds]; one that is not finite counts as 0."""
+    return 100 * np.array([record["accuracy"] or 0.0 for record in score.records])
+
+
+def _entry(column: dict[str, Score], arm: str) -> str:
+    score = column[arm]
+    percent = _accuracies(score)
+    best = max(_accuracies(other).mean() for other in column.values())
+    mean = f"{percent.mean():.1f}"
+    mean = f"**{mean}**" if percent.mean() >= best - 1 else mean
+    return (
+        f"{mean} [{percent.min():.1f}, {percent.max():.1f}] "
+        f"{score.failures} at {score.learning_rate:.0e}"
+    )
+
+
+def _times_section(records: Sequence[Record]) -> str:
+    """The last measurement of each cell."""
+    columns: dict[str, dict[str, Record]] = {}
+    for record in records:
+        what = "{model}, width {width}, {}, {optimizer}"
+        cell = what.format(_norm(record["norm"]), **record)
+        treatment, _, _ = record["arm"].partition(SEPARATOR)
+        columns.setdefault(cell, {})[treatment] = record
+
+    def entry(column: Mapping[str, Record], arm: str) -> str:
+        low, high = column[arm]["ratio_quartiles"]
+        return f"{column[arm]['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+    first = records[-1]
+    return (
+        "\n## Time of a step\n\nOf training (gradient and update) over that of arm "
+        '"none", arms in turn in one process: median over rounds [quartiles]. '
+        f"{first['data']}, batch {first['batch']}; {first['device']}, jax "
+        f"{first['jax']}; {first['date'][:10]}.\n\n"
+        + arms_table(columns, entry, TREATMENTS)
+    )
+
+
+# Figures
+
+
+def _title(cell: Cell) -> str:
+    data, norm, model, _, optimizer, rate, *_ = cell
+    how = "tuned" if rate == "tuned" else f"rate {rate}"
+    return f"{model}, {_norm(norm)}\n{data}, {optimizer}, {how}"
+
+
+def _failure_percent(cell: Cell) -> float:
+    return 1.5 * CHANCE.get(str(cell[0]), 10.0)
+
+
+def _accuracy_figure(table: Scores) -> Figure:
+    """One dot a seed; every arm, every cell."""
+    arms = in_order(table.values(), TREATMENTS)
+    figure, axes = figures.panels(len(table), 0.9 + 0.19 * len(arms), sharey=True)
+    for ax, (cell, column) in zip(axes, table.items(), strict=True):
+        for row, arm in enumerate(arms):
+            if arm not in column:
+                continue
+            percent = _accuracies(column[arm])
+            failed = np.array([record["failed"] for record in column[arm].records])
+            figures.dots(ax, row, percent, failed, percent.mean())
+        ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
+        figures.name_rows(ax, arms)
+        ax.set_title(_title(cell), fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        "One dot a seed, crosses: failed (dotted line), bars: mean; rows without dots "
+        "were not run",
+        fontsize=10,
+    )
+    return figure
+
+
+def _curves_figure(table: Scores) -> Figure:
+    """Accuracy against step in all cells."""
+    arms = among(table.values(), FOCUS)
+    figure, axes = figures.panels(len(table), 2.4, sharey=True)
+    for ax, (cell, column) in zip(axes, table.items(), strict=True):
+        for arm in arms:
+            if arm in column:
+                index = FOCUS.index(arm)  # an arm's colour in every figure
+                curves = [record["curve"] for record in column[arm].records]
+                percent = 100 * np.array([c["accuracy"] for c in curves], float)
+                figures.band(ax, np.array(curves[0]["step"]), percent, index, label=arm)
+        ax.axhline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.set(xlabel="step", ylim=(0, 100))
+        ax.set_title(_title(cell), fontsize=8)
+        ax.grid(alpha=0.3)
+    for ax in axes[::4]:
+        ax.set_ylabel("test accuracy (%)")
+    figures.legend(figure, {arm: FOCUS.index(arm) for arm in arms})
+    figure.suptitle(
+        "Median over seeds; bands from lowest to highest; dotted: failed below",
+        fontsize=10,
+    )
+    return figure
+
+
+def _gradients_figure(table: Scores) -> Figure | None:
+    """Histograms over kernels of the gradient's std, by step, in the first cells."""
+    arms = among(table.values(), HISTOGRAMS)
+    cells = [c for c in table if all(arm in table[c] for arm in arms)][:NUM_HISTOGRAMS]
+    if not cells or not arms:
+        return None
+    figure, axes = plt.subplots(
+        len(cells),
+        len(arms),
+        figsize=(1.5 + 2.9 * len(arms), 1.3 + 2.4 * len(cells)),
+        sharex="row",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, cell in zip(axes, cells, strict=True):
+        for ax, arm in zip(row, arms, strict=True):
+            mesh = _histogram(ax, table[cell][arm])
+            ax.set_title(f"{_title(cell)}\n{arm}" if ax is row[0] else arm, fontsize=8)
+            ax.set(xscale="log", yscale="log", xlabel="step")
+        row[0].set_ylim(_std_limits([table[cell][arm] for arm in arms]))
+        row[0].set_ylabel(r"std of $\partial L/\partial W$")
+    figure.colorbar(mesh, ax=axes, label="share of the kernels, first reported seed")
+    figure.suptitle(
+        "Gradient std of every kernel, before the arm acts; lines: median and "
+        "quartiles over\nkernels, median over seeds; bands from lowest to highest seed",
+        fontsize=10,
+    )
+    return figure
+
+
+def _layers(score: Score) -> np.ndarray:
+    """log10 of the kernels' std, of one seed: f[records, kernels]."""
+    (layers,) = (r["layers"] for r in score.records if "layers" in r)
+    return np.array(layers, float)
+
+
+def _std_limits(of_arms: Sequence[Score]) -> tuple[float, float]:
+    exponents = np.concatenate([_layers(score).ravel() for score in of_arms])
+    finite = exponents[np.isfinite(exponents)]
+    return 10 ** (finite.min() - 0.5), 10 ** (finite.max() + 0.5)
+
+
+def _histogram(ax: Axes, score: Score) -> QuadMesh:
+    """log10 std against step: shares of one seed, quartiles of all."""
+    steps, exponents = np.array(score.records[0]["curve"]["step"]), _layers(score)
+    finite = exponents[np.isfinite(exponents)]
+    low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 1.0)
+    edges = np.arange(np.floor(4 * low) / 4, high + 0.5, 0.25)
+    shares = np.stack([np.histogram(row, edges)[0] for row in exponents])
+    middle = np.sqrt(steps[1:] * steps[:-1])
+    mesh = ax.pcolormesh(
+        np.concatenate([steps[:1] / 1.3, middle, steps[-1:] * 1.1]),
+        10**edges,
+        shares.T / exponents.shape[1],
+        cmap="Greys",
+        vmin=0,
+        vmax=0.5,
+        rasterized=True,
+    )
+    quartiles = np.array([r["quartiles"] for r in score.records], float)
+    for place, index in ((1, 3), (2, 0), (3, 3)):
+        values = 10 ** quartiles[..., place]  # [seeds, steps]
+        figures.band(ax, steps, values, index, label="")
+    if not np.isfinite(exponents[-1]).any():
+        lost = steps[~np.isfinite(exponents).any(axis=1)]
+        ax.text(
+            0.5,
+            0.5,
+            f"all zero or not\na number at step {lost[0]}",
+            transform=ax.transAxes,
+            ha="center",
+            fontsize=8,
+        )
+    return mesh
+
+
+PAGE = Page(
+    "vision",
+    _HEAD,
+    CELL,
+    _count,
+    _summary,
+    {
+        "accuracy": _accuracy_figure,
+        "curves": _curves_figure,
+        "gradients": _gradients_figure,
+    },
+    _accuracy_tables,
+    _times_section,
+)

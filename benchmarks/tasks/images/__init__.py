@@ -1,0 +1,1 @@
+"""Image classifiers with BatchNorm and without, and the images."""

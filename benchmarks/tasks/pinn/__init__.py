@@ -1,0 +1,1 @@
+"""Physics-informed networks: their derivatives, problems and reference solutions."""

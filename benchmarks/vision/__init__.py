@@ -1,1 +1,0 @@
-"""Image classification without BatchNorm, and what optimizers make of it."""
