@@ -31,13 +31,19 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in out/docs/index.html.
+# The site; it says where.
 docs: .venv/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs out/docs
+	@echo "The site: file://$(CURDIR)/out/docs/index.html"
 
 # Runs every notebook in its short form; what is committed stays as it is.
 notebooks: .venv/installed-notebooks
 	NOTEBOOKS_FAST=1 $(BIN)/python -m pytest --nbmake notebooks
+
+# All that must hold before a version is released.
+.PHONY: release-check
+release-check: docs package
+	$(BIN)/python tools/check_release.py
 
 # Wheel and sdist in dist/, checked.
 package: .venv/installed-package

@@ -161,7 +161,7 @@ def report(options: Report) -> int:
                 f"{path} holds no runs; {PROG} run {options.suite} makes them"
             )
         suite, page = suites.load(options.suite), suites.load_page(options.suite)
-        written = pages.write(page, records, suite.choice, path.parent)
+        written = pages.write(page, records, suite, path.parent)
     except (ValueError, OSError) as error:
         fail(prog, str(error))
     for file in written:

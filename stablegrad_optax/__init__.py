@@ -4,7 +4,8 @@ from stablegrad_optax._autoscaled import (
     GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
-from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._compare import compare_optimizers, default_optimizers
+from stablegrad_optax._comparison import Comparison, OptimizerRuns
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
@@ -12,7 +13,9 @@ from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
-from stablegrad_optax._report import GradientReport, LeafReport, gradient_report
+from stablegrad_optax._readings import health, scale_factors
+from stablegrad_optax._report import GradientReport, gradient_report
+from stablegrad_optax._report_measure import History, LeafReport
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
@@ -23,19 +26,25 @@ from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
     "ClipByHistoryState",
+    "Comparison",
     "GradientAutoscaledNormalizationState",
     "GradientReport",
     "GradientStabilizerState",
+    "History",
     "LeafReport",
+    "OptimizerRuns",
     "SkipSpikesState",
     "StableGradState",
     "activation_aware_normal",
     "clip_by_history",
+    "compare_optimizers",
+    "default_optimizers",
     "effective_kernel",
     "effective_kernel_operator",
     "gradient_autoscaled_normalization",
     "gradient_report",
     "gradient_stabilizer",
+    "health",
     "local_decrease_bound",
     "prediction_grad_std",
     "scale_factors",
@@ -44,4 +53,4 @@ __all__ = [
     "value_and_grad_with_prediction_std",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

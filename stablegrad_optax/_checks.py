@@ -50,3 +50,10 @@ def require_scalar(name: str, value: Any) -> jax.Array:
             f"{array.shape}."
         )
     return array
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raises for anything but an integer of at least 1."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")

@@ -67,9 +67,9 @@ def gradient_stabilizer(
     and 1000.
 
     **When to use it**: gradients that spike, with ``max_norm_ratio``. The paper also
-    names low precision and weight decay that is added to the gradient; our small
-    benchmarks (``python -m benchmarks.spikes``) show no gain there over a clip beyond
-    the spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
+    names low precision and weight decay that is added to the gradient; our small runs
+    (``python -m benchmarks run spikes``) show no gain there over a clip beyond the
+    spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
     cancels; deep nets without normalisation did not train with it in our runs where
     :func:`stablegrad` did; and the steps of SGD no longer shrink with the gradient, so
     that the learning rate has to. ``optax.clip_by_global_norm(1.0)`` did as well or

@@ -239,7 +239,7 @@ CALLS = {
         "opt_state was initialized for other leaves than those of params; params has "
         "a/kernel",
     ),
-    "inside jit": (scale_factors_in_jit, "scale_factors needs values: call it outside"),
+    "inside jit": (scale_factors_in_jit, "need values: call them outside jit"),
 }
 
 

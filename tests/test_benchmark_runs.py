@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.lib import runs, start
 from benchmarks.lib.grid import Ledger, run_grid
+from benchmarks.lib.regret import regret, versus_table
 from benchmarks.lib.runs import Run
 from benchmarks.lib.suite import (
     Entry,
@@ -22,7 +23,7 @@ from benchmarks.lib.suite import (
     lowest_median,
     lowest_worst_with_margin,
 )
-from benchmarks.lib.summary import complete, regret, scores, versus_table
+from benchmarks.lib.summary import complete, scores
 
 PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=(10, 11, 12))
 ENTRIES = [
@@ -316,7 +317,10 @@ def test_one_rate_needs_no_tuning():
 
 def reported(problem, arm, *errors, rate=0.1):
     settings = {"problem": problem, "arm": arm, "learning_rate": rate}
-    return [{**settings, "phase": "reported", **result(error)} for error in errors]
+    return [
+        {**settings, "phase": "reported", "seed": seed, **result(error)}
+        for seed, error in enumerate(errors)
+    ]
 
 
 TABLE = [
@@ -381,9 +385,14 @@ def test_one_arm_against_another_is_the_row_worked_out_by_hand():
     # Cells 1, 2 and 4, with ratios 1/2, 5/4 and 1; one failure in 9 runs of each is as
     # likely with either arm. All 4 of 12 that fail are C's, or A's: 2 (6 over 4) of the
     # (12 over 4) ways.
+    # However the seeds are drawn, A's and B's middle ratio is that of cell 4. C's and
+    # A's reach from 0.9 / 0.12 and 0.1 / 0.06 to 1 / 0.10 and 0.6 / 0.04.
+    interval = rows[1].split(" 5.55 ")[1].split(" |")[0]
+    low, high = map(float, interval.strip("[]").split(", "))
+    assert (0.9 / 0.12 + 0.1 / 0.06) / 2 < low < 5.55 < high <= (10 + 15) / 2
     assert rows == [
-        "| A | B | 1 of 3 | 1.00 | 0 of 9 against 1 of 9 | 1 |",
-        "| C | A | 0 of 2 | 5.55 | 4 of 6 against 0 of 6 | 0.061 |",
+        "| A | B | 1 of 3 | 1.00 [1.00, 1.00] | 0 of 9 against 1 of 9 | 1 |",
+        f"| C | A | 0 of 2 | 5.55 {interval} | 4 of 6 against 0 of 6 | 0.061 |",
     ]
 
 

@@ -72,7 +72,7 @@ def test_state_keeps_structure_shapes_and_dtypes(case):
 
 @each_case
 def test_state_is_one_vector_per_statistic(case):
-    """A params-shaped tree of scalars breaks sharding metadata (DESIGN.md)."""
+    """A params-shaped tree of scalars breaks sharding metadata."""
     few, many = gradients(), {str(i): gradients() for i in range(3)}
     assert jax.tree.structure(case.tx.init(few)) == jax.tree.structure(
         case.tx.init(many)

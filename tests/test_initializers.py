@@ -11,7 +11,7 @@ from scipy.integrate import quad
 
 from stablegrad_optax._initializers import activation_aware_normal
 
-# METHODS.md, section 4: E[a^2] and the gain of each activation.
+# As the docstring derives them: E[a^2] and the gain of each activation.
 STATED = {
     jax.nn.relu: (1.0, 1.4142),
     jax.nn.gelu: (1.0, 1.4680),

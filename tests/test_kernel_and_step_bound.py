@@ -18,7 +18,7 @@ from stablegrad_optax import (
     effective_kernel_operator,
     local_decrease_bound,
 )
-from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._readings import scale_factors
 from stablegrad_optax._stablegrad import stablegrad
 
 

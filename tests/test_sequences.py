@@ -318,7 +318,7 @@ def test_the_page_says_what_the_runs_hold(tmp_path):
     assert run_grid(short, invented, path, console=Console(quiet=True)) == 0
     (tmp_path / "spikes_cpu_notes.md").write_text("Written by hand.")
     records = runs.read(path)
-    pages.write(spikes_page.PAGE, records, spikes.SUITE.choice, tmp_path)
+    pages.write(spikes_page.PAGE, records, spikes.SUITE, tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
     figures = [f"spikes_cpu_{name}.png" for name in ("rates", "recovery", "errors")]
     assert set(figures) <= names
@@ -328,5 +328,6 @@ def test_the_page_says_what_the_runs_hold(tmp_path):
     assert "| none | 2.000 / 0.500 / 0.500 (0/3) |" in text
     # The rates of a sweep at which an arm diverges.
     (row,) = (line for line in text.splitlines() if "(3/3)" in line)
-    assert row.startswith("| none | **0.500** (0/3) |")
-    assert row.endswith("| **0.500** (0/3)" + 3 * " | 1.000 (3/3)" + " |")
+    trained, failed = "**0.500** [0.500, 0.500] (0/3)", "1.000 [1.000, 1.000] (3/3)"
+    assert row.startswith(f"| none | {trained} |")
+    assert row.endswith(f"| {trained} | {failed} | {failed} | {failed} |")

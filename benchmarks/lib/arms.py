@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 from benchmarks.lib import treatments
+from benchmarks.lib.soap import soap
 from stablegrad_optax import (
     gradient_autoscaled_normalization,
     gradient_stabilizer,
@@ -43,14 +44,16 @@ class Optimizer:
     warm_up: bool = False
 
 
-def _kernels(params: optax.Params) -> Any:
-    """What Muon orthogonalizes: kernels, as matrices of all axes but the last.
+def _is_kernel(path: jax.tree_util.KeyPath, leaf: jax.Array) -> bool:
+    """What Muon orthogonalizes; the rest, biases and embeddings, goes to its Adam."""
+    return leaf.ndim >= 2 and jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
-    The rest, biases and embeddings among it, goes to Muon's Adam.
-    """
+
+def _kernels(params: optax.Params) -> Any:
+    """Kernels, as matrices of all axes but the last."""
 
     def of_leaf(path: jax.tree_util.KeyPath, leaf: jax.Array) -> Any:
-        if leaf.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) != "kernel":
+        if not _is_kernel(path, leaf):
             return None
         last = leaf.ndim - 1
         return contrib.MuonDimensionNumbers(tuple(range(last)), last)
@@ -83,6 +86,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": Optimizer(_muon, _MUON_RATES),
     "Muon b2=0.9": Optimizer(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon eps=1e-30": Optimizer(partial(_muon, eps=1e-30), _MUON_RATES),
+    "SOAP": Optimizer(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
 
 TREATMENTS: dict[str, Callable[[], Transformation]] = {
@@ -117,6 +121,18 @@ TREATMENTS: dict[str, Callable[[], Transformation]] = {
     "GradientAutoscaled": gradient_autoscaled_normalization,
     "mean removal": partial(gradient_autoscaled_normalization, "none"),
     "z-score": treatments.z_score,
+    # Which part of Muon needs a scale control: its matrices or its Adam?
+    **{
+        f"{name} on {part}": partial(treatments.on_part, make, is_part)
+        for name, make in (
+            ("clip 1", partial(optax.clip_by_global_norm, 1.0)),
+            ("StableGrad", stablegrad),
+        )
+        for part, is_part in (
+            ("matrices", _is_kernel),
+            ("biases", lambda *leaf: not _is_kernel(*leaf)),
+        )
+    },
     "constant factor 30": partial(optax.scale, 30.0),
 }
 

@@ -9,8 +9,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.lib import figures
+from benchmarks.lib.grid import Ledger
 from benchmarks.lib.runs import Record
-from benchmarks.lib.suite import Choice, lowest_median
+from benchmarks.lib.suite import Choice, Suite, lowest_median
 from benchmarks.lib.summary import Scores, provenance, scores
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
@@ -28,7 +29,8 @@ class Page:
         summary: Markdown; stands before the notes and the figures of a preset.
         figures: name -> what draws one of a preset, or finds nothing to draw.
         tables: Markdown; stands behind them.
-        times: the lines of `time` -> Markdown, the last of the page.
+        times: the lines of `time` -> Markdown, behind the presets.
+        claims: the scores of each preset -> Markdown, the last of the page.
     """
 
     suite: str
@@ -39,12 +41,13 @@ class Page:
     figures: Mapping[str, Callable[[Scores], Figure | None]]
     tables: Callable[[Scores], str]
     times: Callable[[Sequence[Record]], str] | None = None
+    claims: Callable[[Sequence[Scores]], str] | None = None
 
 
 def write(
     page: Page,
     records: Sequence[Record],
-    choice: Callable[[str], Choice],
+    suite: Suite,
     folder: Path,
 ) -> list[Path]:
     """Write `<suite>.md` and, for each preset, its figures; returns their paths.
@@ -55,7 +58,7 @@ def write(
     Args:
         page: what to write.
         records: the lines of the suite's file.
-        choice: preset -> how its rates were chosen.
+        suite: says how rates were chosen, and what is missing.
         folder: where to.
     """
     by_preset: dict[str, list[Record]] = {}
@@ -63,10 +66,11 @@ def write(
     for record in records:
         if record["phase"] != "timing":
             by_preset.setdefault(record["preset"], []).append(record)
-    text, paths = [page.head], []
+    text, paths, tables = [page.head], [], []
     for preset, of_preset in by_preset.items():
-        choose = choice(preset)
+        choose = suite.choice(preset)
         table = scores(of_preset, page.cell, choose)
+        tables.append(table)
         stem = f"{page.suite}_{preset}"
         drawn: list[Path] = []
         if table:
@@ -76,6 +80,7 @@ def write(
         parts = [
             f"\n## Preset {preset}\n",
             f"{len(of_preset)} runs, {page.count(table)}; {provenance(of_preset)}.\n",
+            _unfinished(suite, preset, of_preset),
             "" if choose is lowest_median else f"{_rule(choose)}\n",
             page.summary(table),
             notes.read_text().strip() + "\n" if notes.exists() else "",
@@ -86,10 +91,27 @@ def write(
         paths += drawn
     if times and page.times is not None:
         text.append(page.times(times))
+    if page.claims is not None:
+        text.append(page.claims(tables))
     markdown = folder / f"{page.suite}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))
     return [markdown, *paths]
+
+
+def _unfinished(suite: Suite, preset: str, records: Sequence[Record]) -> str:
+    """Says what is missing, if anything is."""
+    if preset not in suite.presets:
+        return ""
+    ledger = Ledger(suite.presets[preset], records)
+    num_done, num_runs = ledger.done()[0], ledger.num_runs
+    if num_done == num_runs:
+        return ""
+    return (
+        f"**Not finished: {num_done} of {num_runs} runs.** What is shown are the arms "
+        "whose reported seeds are all there. It goes on with "
+        f"`python -m benchmarks run {suite.name} --preset {preset}`.\n"
+    )
 
 
 def _rule(choose: Choice) -> str:

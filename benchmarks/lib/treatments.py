@@ -3,7 +3,7 @@
 Each is an `optax.GradientTransformation`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,33 @@ def probed(probe: str, **options: Any) -> optax.GradientTransformationExtraArgs:
         return inner.update(updates, state, params, prediction_grad_std=probes[probe])
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def on_part(
+    make: Callable[[], optax.GradientTransformation],
+    is_part: Callable[[jax.tree_util.KeyPath, jax.Array], bool],
+) -> optax.GradientTransformation:
+    """A treatment that sees the whole gradient and acts on a part of it.
+
+    It is not `optax.masked`: the part's factors are those of the treatment of
+    everything, so that its two parts make up the whole.
+
+    Args:
+        make: the treatment.
+        is_part: (path, leaf) -> whether the leaf is treated.
+    """
+    inner = make()
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: Any = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        treated, state = inner.update(updates, state, params)
+        part = jax.tree.map_with_path(
+            lambda path, new, old: new if is_part(path, old) else old, treated, updates
+        )
+        return part, state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def unit_norm() -> optax.GradientTransformation:

@@ -23,19 +23,11 @@ matplotlib.use("Agg")  # figures are saved, no window opens
 
 from rich.console import Console
 
-<<<<<<< HEAD
-from benchmarks.command_line import fail, parse
+from benchmarks.lib.command_line import fail, parse
+from benchmarks.lib.runs import RESULTS
 from benchmarks.overhead import compilers, report
 from benchmarks.overhead.arms import ARMS, BASELINE, LEFT_OUT, OURS
 from benchmarks.overhead.suite import COMPILED, CROSS_COMPILED, Record, Suite
-from benchmarks.runs import RESULTS
-=======
-from benchmarks.lib.command_line import fail, parse
-from benchmarks.lib.runs import RESULTS
-from benchmarks.overhead import report
-from benchmarks.overhead.arms import ARMS, BASELINE, LEFT_OUT, OURS
-from benchmarks.overhead.suite import COMPILED, Record, Suite
->>>>>>> engine
 
 TIMED_TREES = ("e", "a", "d", "b", "c")
 COMPILED_TREES = ("d", "e", "g", "a", "b", "f")

@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import figures
+from benchmarks.lib import figures
 from benchmarks.overhead import compilers, tables, trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
 from benchmarks.overhead.suite import CROSS_COMPILED, Key, Record

@@ -5,15 +5,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-<<<<<<< HEAD
-from benchmarks import figures
+from benchmarks.lib import figures
 from benchmarks.overhead import compiled_tables, tables
 from benchmarks.overhead.drawing import compiled_figure, figure
-=======
-from benchmarks.lib import figures
-from benchmarks.overhead import trees
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS
->>>>>>> engine
 from benchmarks.overhead.suite import Key, Record, key_of
 
 

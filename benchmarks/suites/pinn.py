@@ -44,16 +44,17 @@ ARMS = (
     *pairs(["none", "clip 1", "StableGrad"], ["momentum"]),
 )
 # The optimizer behind: Muon with and without a scale control, and the best of AdamW's.
+# What differs most comes first, as below for the cells.
 BEHIND = (
     *pairs(
         [
-            "none",
-            "clip 1",
             "StableGrad",
+            "none",
             "unit norm by leaf",
+            "clip 1",
+            "GradientStabilizer .7 .9",
             "unit norm",
             "GradientStabilizer",
-            "GradientStabilizer .7 .9",
         ],
         ["Muon"],
     ),
@@ -61,6 +62,19 @@ BEHIND = (
     *pairs(["StableGrad", "none", "clip 1"], ["AdamW b2=0.9"]),
     "none | AdamW",
 )
+# Which part of Muon needs a scale control: its matrices, or the leaves of its Adam?
+ABLATION = pairs(
+    [
+        "none",
+        *(
+            f"{name}{part}"
+            for name in ("StableGrad", "clip 1")
+            for part in ("", " on matrices", " on biases")
+        ),
+    ],
+    ["Muon"],
+)
+SOAP = pairs(["none", "StableGrad", "unit norm by leaf", "clip 1"], ["SOAP"])
 # Where the scale of the optimizer's input differs from the others'.
 RATES = {
     "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
@@ -126,6 +140,12 @@ def _groups(
 # should answer the questions that matter.
 _TELLING = ("normal 5/3", "uniform", "normal 1")
 _OTHERS = tuple(init for init in INITS if init not in _TELLING)
+_DEEP = (
+    _cell("poisson", "uniform", 50, steps=1500),
+    _cell("poisson", "normal 0.3", 32, steps=1500),
+    *_cells("poisson", _TELLING, (32,), steps=1500),
+)
+_WITH_MARGIN = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin)
 _PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
 
 PRESETS = {
@@ -181,18 +201,24 @@ PRESETS = {
         workers=2,
     ),
     "behind": Preset(
-        _groups(
-            "behind",
-            (
-                _cell("poisson", "uniform", 50, steps=1500),
-                _cell("poisson", "normal 0.3", 32, steps=1500),
-                *_cells("poisson", _TELLING, (32,), steps=1500),
-            ),
-            BEHIND,
-        ),
-        Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
+        _groups("behind", _DEEP, BEHIND),
+        _WITH_MARGIN,
         "3 hours on 2 idle cores",
         "Muon and AdamW behind each scale control, depth 32 and 50",
+        workers=2,
+    ),
+    "ablation": Preset(
+        _groups("ablation", (_DEEP[0], _DEEP[2]), ABLATION),
+        _WITH_MARGIN,
+        "an hour on 2 idle cores",
+        "scale control of Muon's matrices alone, or of its biases alone",
+        workers=2,
+    ),
+    "soap": Preset(
+        _groups("soap", _DEEP, SOAP),
+        _WITH_MARGIN,
+        "2 hours on 2 idle cores",
+        "SOAP behind a scale control, in the cells of behind",
         workers=2,
     ),
     "gpu": Preset(

@@ -7,21 +7,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
-from benchmarks.lib.arms import among, pairs
+from benchmarks.lib import claims, figures
+from benchmarks.lib.arms import among, in_order, pairs
 from benchmarks.lib.pages import Page
+from benchmarks.lib.regret import regret, regret_table, versus_table
 from benchmarks.lib.runs import Record
-from benchmarks.lib.summary import (
-    Cell,
-    Score,
-    Scores,
-    arms_table,
-    complete,
-    regret,
-    regret_table,
-    versus_table,
-)
+from benchmarks.lib.summary import Cell, Score, Scores, complete, level
+from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
 from benchmarks.suites.pinn import ARMS
+from benchmarks.suites.pinn_claims import CLAIMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
@@ -79,6 +73,7 @@ HEAT_MAPS += pairs(["clip 1", "StableGrad"], ["AdamW"])
 HEAT_MAPS_BEHIND = pairs(
     ["none", "clip 1", "unit norm by leaf", "StableGrad"], ["Muon"]
 )
+MAX_PANELS = 8  # of the figure of seeds
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
 
 
@@ -117,7 +112,7 @@ def _count(table: Scores) -> str:
 
 def _summary(table: Scores) -> str:
     whole = complete(table)
-    parts = (regret_table(regret(whole), "cells"), versus_table(whole, PAIRS))
+    parts = (regret_table(whole, "cells"), versus_table(whole, PAIRS))
     return "\n".join(part for part in parts if part)
 
 
@@ -134,18 +129,16 @@ def _error_tables(table: Scores) -> str:
         columns = {f"depth {depth}": table[by_depth[depth]] for depth in depths}
         parts.append(
             f"### {problem}, {activation}, {init} (width {width}, {steps} steps)\n\n"
-            "Median error (failed runs) at the learning rate:\n\n"
-            + arms_table(columns, _entry, ARMS)
+            f"Median error (failed runs) at the learning rate. {legend()}\n\n"
+            + arms_table(columns, _entry, ARMS, floor_row(columns.values()))
         )
     return "\n".join(parts)
 
 
 def _entry(column: dict[str, Score], arm: str) -> str:
     score = column[arm]
-    best = min(other.median for other in column.values())
-    median = f"{score.median:.3g}"
-    median = f"**{median}**" if score.median <= 1.05 * best else median
-    return f"{median} {score.failures} at {score.learning_rate:.0e}"
+    median = ranged(score.median, score.interval, ".3g", bold=arm in level(column))
+    return f"{median} {score.failures} at {score.rate}"
 
 
 # Figures
@@ -178,6 +171,36 @@ def _regret_figure(table: Scores) -> Figure | None:
     )
     ax.grid(axis="x", alpha=0.3)
     ax.legend(fontsize=8)
+    return figure
+
+
+def _seeds_figure(table: Scores) -> Figure | None:
+    """Errors of all seeds in each cell, where the cells are few."""
+    if len(table) > MAX_PANELS:
+        return None
+    columns = {cell: (arms, level(arms)) for cell, arms in table.items()}
+    arms = in_order(table.values(), ARMS)
+    figure, axes = figures.panels(len(columns), 0.9 + 0.24 * len(arms), sharey=True)
+    for ax, (cell, (column, of_level)) in zip(axes, columns.items(), strict=True):
+        for arm, score in column.items():
+            row = arms.index(arm)
+            failed = np.array([run["failed"] for run in score.by_seed])
+            figures.dots(ax, row, score.errors, failed, score.median)
+            shade = figures.PALETTE[4] if arm in of_level else "0.6"
+            low, high = score.interval
+            ax.fill_betweenx(
+                [row - 0.35, row + 0.35], low, high, color=shade, alpha=0.3
+            )
+        figures.name_rows(ax, arms)
+        ax.axvline(FAILURE_ERROR, color="0.5", linewidth=1, linestyle=":")
+        ax.set(xscale="log", xlabel="relative $L_2$ error")
+        ax.set_title(_title(cell).replace(", ", "\n", 1), fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        "One dot a seed, crosses: failed, bars: median, shaded: its interval (green: "
+        "level with the best)",
+        fontsize=10,
+    )
     return figure
 
 
@@ -341,6 +364,13 @@ def _title(cell: Cell) -> str:
     return f"{problem}, {activation}, {init}, depth {depth}"
 
 
+def _claims(presets: Sequence[Scores]) -> str:
+    table = claims.table(
+        CLAIMS, presets, lambda cell: f"{_title(cell)}, {cell[5]} steps"
+    )
+    return f"## Claims about Muon\n\n{table}"
+
+
 PAGE = Page(
     "pinn",
     _HEAD,
@@ -349,9 +379,11 @@ PAGE = Page(
     _summary,
     {
         "regret": _regret_figure,
+        "seeds": _seeds_figure,
         "depth": _depth_figure,
         "curves": _curves_figure,
         "layers": _layers_figure,
     },
     _error_tables,
+    claims=_claims,
 )

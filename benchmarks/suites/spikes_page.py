@@ -13,15 +13,10 @@ from matplotlib.figure import Figure
 from benchmarks.lib import figures
 from benchmarks.lib.arms import in_order
 from benchmarks.lib.pages import Page
+from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import capped_error
-from benchmarks.lib.summary import (
-    Cell,
-    Score,
-    Scores,
-    arms_table,
-    regret,
-    regret_table,
-)
+from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
 from benchmarks.suites.spikes import TREATMENTS
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.sequences.models import NUMBERS
@@ -170,7 +165,7 @@ def _count(table: Scores) -> str:
 
 def _summary(table: Scores) -> str:
     compared = _compared(table)
-    return regret_table(regret(compared), "cells with tuned rates") if compared else ""
+    return regret_table(compared, "cells with tuned rates") if compared else ""
 
 
 def _tables(table: Scores) -> str:
@@ -217,8 +212,9 @@ def _sweep_tables(table: Scores) -> str:
     for cell, by_rate in _sweeps(table).items():
         columns = {f"rate {rate}": column for rate, column in by_rate.items()}
         parts.append(
-            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs):\n\n"
-            + arms_table(columns, _entry, TREATMENTS)
+            f"### {_title(cell)}, at each rate\n\nMedian error (failed runs). "
+            f"{legend()}\n\n"
+            + arms_table(columns, _entry, TREATMENTS, floor_row(by_rate.values()))
         )
     return "\n".join(parts)
 
@@ -229,10 +225,11 @@ def _compared_tables(table: Scores) -> str:
     parts = []
     for task in dict.fromkeys(str(cell[0]) for cell in compared):
         columns = {_condition(c): arms for c, arms in compared.items() if c[0] == task}
+        entry, last = partial(_entry, rate=True), floor_row(columns.values())
         parts.append(
-            f"### {task}, at tuned rates\n\nMedian error [lowest, highest seed] "
-            "(failed runs) at the learning rate; bold: within 1 % of the column's "
-            "best.\n\n" + arms_table(columns, partial(_entry, rate=True), TREATMENTS)
+            f"### {task}, at tuned rates\n\nMedian error (failed runs) at the "
+            f"learning rate. {legend()}\n\n"
+            + arms_table(columns, entry, TREATMENTS, last)
         )
     return "\n".join(parts)
 
@@ -247,14 +244,8 @@ def _condition(cell: Cell) -> str:
 
 def _entry(column: Mapping[str, Score], arm: str, *, rate: bool = False) -> str:
     score = column[arm]
-    best = min(other.median for other in column.values())
-    median = f"{score.median:.3f}"
-    median = f"**{median}**" if score.median <= 1.01 * best else median
-    if not rate:
-        return f"{median} {score.failures}"
-    low, high = np.quantile([capped_error(r) for r in score.records], (0, 1))
-    spread = f"{median} [{low:.3f}, {high:.3f}]"
-    return f"{spread} {score.failures} at {score.learning_rate:.0e}"
+    median = ranged(score.median, score.interval, ".3f", bold=arm in level(column))
+    return f"{median} {score.failures}" + f" at {score.rate}" * rate
 
 
 # Figures

@@ -8,18 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures
+from benchmarks.lib import figures, noise
 from benchmarks.lib.arms import SEPARATOR, among, in_order
 from benchmarks.lib.pages import Page
+from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
-from benchmarks.lib.summary import (
-    Cell,
-    Score,
-    Scores,
-    arms_table,
-    regret,
-    regret_table,
-)
+from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.tables import arms_table, floor_row, legend, ranged
 from benchmarks.suites.vision import TREATMENTS
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
@@ -65,11 +60,16 @@ def _count(table: Scores) -> str:
 def _summary(table: Scores) -> str:
     tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
     return regret_table(
-        regret(tuned, lambda error, best: 100 * (error - best)),
+        tuned,
         "cells with tuned rates",
+        compare=_points,
         cost="in points of median accuracy behind the best arm of the cell",
         digits=1,
     )
+
+
+def _points(error: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    return 100 * (error - lowest)
 
 
 def _accuracy_tables(table: Scores) -> str:
@@ -80,10 +80,11 @@ def _accuracy_tables(table: Scores) -> str:
     parts = []
     for (data, norm), cells in blocks.items():
         columns = {_setting(cell): table[cell] for cell in cells}
+        last = floor_row(columns.values(), ".1f", statistic=np.mean, compare=_points)
         parts.append(
-            f"### {data}, {_norm(norm)}\n\nMean accuracy in % [lowest, highest seed] "
-            "(failed runs) at the learning rate; bold: within 1 point of the column's "
-            "highest mean.\n\n" + arms_table(columns, _entry, TREATMENTS)
+            f"### {data}, {_norm(norm)}\n\nMean accuracy in % (failed runs) at the "
+            f"learning rate. {legend('points from the middle mean to the best')}\n\n"
+            + arms_table(columns, _entry, TREATMENTS, last)
         )
     return "\n".join(parts)
 
@@ -106,12 +107,11 @@ def _accuracies(score: Score) -> np.ndarray:
 def _entry(column: dict[str, Score], arm: str) -> str:
     score = column[arm]
     percent = _accuracies(score)
-    best = max(_accuracies(other).mean() for other in column.values())
-    mean = f"{percent.mean():.1f}"
-    mean = f"**{mean}**" if percent.mean() >= best - 1 else mean
+    interval = noise.interval(noise.resampled(percent, np.mean))
+    bold = arm in level(column, np.mean)
     return (
-        f"{mean} [{percent.min():.1f}, {percent.max():.1f}] "
-        f"{score.failures} at {score.learning_rate:.0e}"
+        f"{ranged(percent.mean(), interval, '.1f', bold=bold)} "
+        f"{score.failures} at {score.rate}"
     )
 
 

@@ -1,0 +1,339 @@
+"""Small networks of many kinds, from healthy to hopeless, and what each is trained on.
+
+A score is relative: 1 is what the mean of the targets, or a guess, scores.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+PyTree = Any
+Array = jax.Array
+BATCH = 32
+FAILURE = 0.9  # a relative score
+
+he = nn.initializers.he_normal()
+lecun = nn.initializers.lecun_normal()
+
+
+@dataclass(frozen=True)
+class Network:
+    """What `compare_optimizers` trains.
+
+    Attributes:
+        family: MLP, CNN, transformer, recurrent, ensemble or PINN.
+        init: key -> parameters.
+        loss: (parameters, batch) -> f[].
+        sample: key -> batch.
+        score: parameters -> f[], relative.
+        stacked_axes: as `gradient_report` takes it.
+    """
+
+    family: str
+    init: Callable[[Array], PyTree]
+    loss: Callable[[PyTree, Any], Array]
+    sample: Callable[[Array], Any]
+    score: Callable[[PyTree], Array]
+    stacked_axes: Any = None
+
+
+# Digits: images as vectors, as images, as sequences of rows or of pixels.
+
+
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images f[n, 8, 8], their labels, test images and theirs."""
+    images, labels = load_digits(return_X_y=True)
+    images = ((images - images.mean()) / images.std()).astype(np.float32)
+    return train_test_split(
+        images.reshape(-1, 8, 8),
+        labels,
+        test_size=500,
+        random_state=0,
+        stratify=labels,
+    )
+
+
+def of_digits(
+    family: str,
+    model: nn.Module,
+    view: Callable[[Array], Array] = lambda images: images.reshape(len(images), -1),
+    scale: float = 1.0,
+) -> Network:
+    """Classify digits; the loss times `scale`."""
+    x_train, x_test, y_train, y_test = digits()
+
+    def sample(key: Array) -> tuple[Array, Array]:
+        rows = jax.random.randint(key, (BATCH,), 0, len(x_train))
+        return jnp.asarray(x_train)[rows], jnp.asarray(y_train)[rows]
+
+    def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
+        logits = model.apply(params, view(batch[0]))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        return scale * losses.mean()
+
+    def score(params: PyTree) -> Array:
+        logits = model.apply(params, view(jnp.asarray(x_test)))
+        return jnp.mean(logits.argmax(-1) != y_test) / 0.9  # a guess has 0.9
+
+    example = jnp.asarray(x_train[:2])
+    return Network(
+        family, lambda key: model.init(key, view(example)), loss, sample, score
+    )
+
+
+class MLP(nn.Module):
+    depth: int
+    act: Callable[[Array], Array] = nn.relu
+    kernel_init: Any = he
+    bias_init: Any = nn.initializers.zeros
+    residual: bool = False
+    norm: bool = False
+    width: int = 32
+    out: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = partial(nn.Dense, kernel_init=self.kernel_init)
+        x = dense(self.width, bias_init=self.bias_init)(x)
+        for _ in range(self.depth - 2):
+            y = nn.LayerNorm()(x) if self.norm else x
+            y = self.act(dense(self.width, bias_init=self.bias_init)(y))
+            x = x + y if self.residual else y
+        return nn.Dense(self.out)(x)
+
+
+class CNN(nn.Module):
+    depth: int
+    kernel_init: Any = he
+    norm: bool = False
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
+        for i in range(self.depth - 1):
+            y = nn.Conv(8, (3, 3), kernel_init=self.kernel_init)(x)
+            y = nn.relu(nn.GroupNorm(4)(y) if self.norm else y)
+            x = x + y if self.residual else y
+            if i == self.depth // 2:
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Transformer(nn.Module):
+    depth: int
+    norm: str = "before"  # or "after", or "none"
+    vocabulary: int = 0  # 0: of real vectors
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = 32
+        embed = nn.Embed(self.vocabulary, width) if self.vocabulary else nn.Dense(width)
+        x = embed(x)
+        place = nn.initializers.normal(0.02)
+        x = x + self.param("place", place, (x.shape[1], width))
+        for _ in range(self.depth):
+            x = self.block(x, nn.MultiHeadAttention(2))
+            x = self.block(x, nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(width)]))
+        x = nn.LayerNorm()(x) if self.norm == "before" else x
+        return nn.Dense(10)(x.mean(1))
+
+    def block(self, x: Array, layer: nn.Module) -> Array:
+        if self.norm == "before":
+            return x + layer(nn.LayerNorm()(x))
+        x = x + layer(x)
+        return nn.LayerNorm()(x) if self.norm == "after" else x
+
+
+class Recurrent(nn.Module):
+    cell: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(10)(nn.RNN(self.cell)(x)[:, -1])
+
+
+def rows(images: Array) -> Array:
+    return images
+
+
+def pixels(images: Array) -> Array:
+    return images.reshape(len(images), 64, 1)
+
+
+def maps(images: Array) -> Array:
+    return images[..., None]
+
+
+def words(images: Array) -> Array:
+    """Each row of an image as one of 2048 words, most of them seldom met."""
+    bits = (images > 0).astype(int) @ (2 ** jnp.arange(8))
+    return bits + 256 * jnp.arange(8)
+
+
+# A physics-informed network: u_xx + u_yy = f on the unit square, zero on its boundary.
+
+
+def of_poisson(depth: int, gain: float | None, width: int = 32) -> Network:
+    """tanh; hidden weights N(0, gain^2/fan_in), or all uniform as PyTorch has them."""
+
+    def layer(key: Array, n_in: int, n_out: int, stack: tuple[int, ...] = ()) -> PyTree:
+        w, b = jax.random.split(key)
+        if gain is None:
+            limit = n_in**-0.5
+            draw = partial(jax.random.uniform, minval=-limit, maxval=limit)
+            return {
+                "kernel": draw(w, (*stack, n_in, n_out)),
+                "bias": draw(b, (*stack, n_out)),
+            }
+        std = (gain if n_out > 1 else 1) * n_in**-0.5
+        return {
+            "kernel": std * jax.random.normal(w, (*stack, n_in, n_out)),
+            "bias": jnp.zeros((*stack, n_out)),
+        }
+
+    def init(key: Array) -> PyTree:
+        first, hidden, last = jax.random.split(key, 3)
+        return {
+            "first": layer(first, 2, width),
+            "hidden": layer(hidden, width, width, (depth - 2,)),
+            "last": layer(last, width, 1),
+        }
+
+    def field(params: PyTree, x: Array) -> Array:
+        def step(x: Array, layer: PyTree) -> tuple[Array, None]:
+            return jnp.tanh(x @ layer["kernel"] + layer["bias"]), None
+
+        x, _ = step(x, params["first"])
+        x, _ = jax.lax.scan(step, x, params["hidden"])
+        return (x @ params["last"]["kernel"] + params["last"]["bias"])[0]
+
+    def exact(x: Array) -> Array:
+        return jnp.prod(jnp.sin(jnp.pi * x), axis=-1)
+
+    def sample(key: Array) -> tuple[Array, Array]:
+        inner, side, place = jax.random.split(key, 3)
+        edge = jax.random.uniform(side, (16, 2))
+        edge = edge.at[jnp.arange(16), jnp.arange(16) % 2].set(
+            jax.random.bernoulli(place, shape=(16,)).astype(float)
+        )
+        return jax.random.uniform(inner, (BATCH, 2)), edge
+
+    def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
+        def second(x: Array, axis: Array) -> Array:
+            def first(x: Array) -> Array:
+                return jax.jvp(partial(field, params), (x,), (axis,))[1]
+
+            return jax.jvp(first, (x,), (axis,))[1]
+
+        def residual(x: Array) -> Array:
+            laplacian = jnp.sum(jax.vmap(partial(second, x))(jnp.eye(2)))
+            return laplacian + 2 * jnp.pi**2 * exact(x)
+
+        inner, edge = batch
+        on_edge = jax.vmap(partial(field, params))(edge)
+        return jnp.mean(jax.vmap(residual)(inner) ** 2) + 100 * jnp.mean(on_edge**2)
+
+    side = jnp.linspace(0, 1, 21)
+    grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
+
+    def score(params: PyTree) -> Array:
+        error = jax.vmap(partial(field, params))(grid) - exact(grid)
+        return jnp.linalg.norm(error) / jnp.linalg.norm(exact(grid))
+
+    stacked = {"first": 0, "hidden": 1, "last": 0}
+    return Network("PINN", init, loss, sample, score, stacked)
+
+
+def of_ensemble(dead: bool) -> Network:
+    """Five members of depth 6 in stacked leaves; the last may have no gradient."""
+    one = of_digits("ensemble", MLP(6))
+
+    def init(key: Array) -> PyTree:
+        params = jax.vmap(one.init)(jax.random.split(key, 5))
+        keep = jnp.arange(5) < (4 if dead else 5)
+        return jax.tree.map(
+            lambda x: x * keep.reshape((-1,) + (1,) * (x.ndim - 1)), params
+        )
+
+    def loss(params: PyTree, batch: Any) -> Array:
+        return jnp.mean(jax.vmap(one.loss, (0, None))(params, batch))
+
+    def score(params: PyTree) -> Array:
+        return jnp.mean(jax.vmap(one.score)(params)[: 4 if dead else 5])
+
+    return Network("ensemble", init, loss, one.sample, score, 1)
+
+
+def _uniform() -> Any:
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _small_bias(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -(32**-0.5), 32**-0.5)
+
+
+def _times(gain: float) -> Any:
+    return nn.initializers.variance_scaling(2 * gain**2, "fan_in", "normal")
+
+
+mlp = partial(of_digits, "MLP")
+cnn = partial(of_digits, "CNN", view=maps)
+transformer = partial(of_digits, "transformer", view=rows)
+recurrent = partial(of_digits, "recurrent")
+torch = {"kernel_init": _uniform(), "bias_init": _small_bias}
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "MLP 4": lambda: mlp(MLP(4)),
+    "MLP 12": lambda: mlp(MLP(12)),
+    "MLP 24": lambda: mlp(MLP(24)),
+    "MLP 12, loss times 1e5": lambda: mlp(MLP(12), scale=1e5),
+    "MLP 12, loss times 1e-6": lambda: mlp(MLP(12), scale=1e-6),
+    "MLP 12, LeCun": lambda: mlp(MLP(12, kernel_init=lecun)),
+    "MLP 24, LeCun": lambda: mlp(MLP(24, kernel_init=lecun)),
+    "MLP 12, twice He": lambda: mlp(MLP(12, kernel_init=_times(2))),
+    "MLP 24, tanh, LeCun": lambda: mlp(MLP(24, nn.tanh, lecun)),
+    "MLP 12, tanh, Equinox": lambda: mlp(MLP(12, nn.tanh, **torch)),
+    "MLP 20, tanh, Equinox": lambda: mlp(MLP(20, nn.tanh, **torch)),
+    "MLP 12, Equinox": lambda: mlp(MLP(12, **torch)),
+    "MLP 24, residual": lambda: mlp(MLP(24, residual=True)),
+    "MLP 24, residual, LayerNorm": lambda: mlp(MLP(24, residual=True, norm=True)),
+    "CNN 4": lambda: cnn(CNN(4)),
+    "CNN 4, GroupNorm": lambda: cnn(CNN(4, norm=True)),
+    "CNN 12": lambda: cnn(CNN(12)),
+    "CNN 12, GroupNorm": lambda: cnn(CNN(12, norm=True)),
+    "CNN 16, LeCun": lambda: cnn(CNN(16, kernel_init=lecun)),
+    "CNN 16, residual": lambda: cnn(CNN(16, residual=True)),
+    "CNN 16, residual, GroupNorm": lambda: cnn(CNN(16, norm=True, residual=True)),
+    "transformer 2": lambda: transformer(Transformer(2)),
+    "transformer 6": lambda: transformer(Transformer(6)),
+    "transformer 6, norm after": lambda: transformer(Transformer(6, "after")),
+    "transformer 6, no norm": lambda: transformer(Transformer(6, "none")),
+    "transformer 2, words": lambda: transformer(
+        Transformer(2, vocabulary=2048), view=words
+    ),
+    "LSTM, 8 steps": lambda: recurrent(Recurrent(nn.OptimizedLSTMCell(32)), rows),
+    "GRU, 64 steps": lambda: recurrent(Recurrent(nn.GRUCell(32)), pixels),
+    "tanh RNN, 8 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), rows),
+    "tanh RNN, 64 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), pixels),
+    "five MLPs": lambda: of_ensemble(dead=False),
+    "five MLPs, one dead": lambda: of_ensemble(dead=True),
+    "Poisson 4": lambda: of_poisson(4, 1.0),
+    "Poisson 16": lambda: of_poisson(16, 1.0),
+    "Poisson 16, gain 5/3": lambda: of_poisson(16, 5 / 3),
+    "Poisson 32, gain 5/3": lambda: of_poisson(32, 5 / 3),
+    "Poisson 16, gain 1/2": lambda: of_poisson(16, 0.5),
+    "Poisson 12, Equinox": lambda: of_poisson(12, None),
+    "Poisson 20, Equinox": lambda: of_poisson(20, None),
+    "Poisson 32, Equinox": lambda: of_poisson(32, None),
+}

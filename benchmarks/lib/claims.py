@@ -1,0 +1,102 @@
+"""Sentences about two arms, each with the cells and seeds that carry it or do not."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.lib import noise
+from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.tables import markdown_table, ranged
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one arm does something beside another, in some cells.
+
+    Attributes:
+        sentence: as a text may have it.
+        says: "fails less", "errs less" or "is level".
+        one: the arm that does.
+        other: the arm beside it.
+        cells: one row of the table each.
+    """
+
+    sentence: str
+    says: Literal["fails less", "errs less", "is level"]
+    one: str
+    other: str
+    cells: tuple[Cell, ...]
+
+
+def table(
+    claims: Sequence[Claim], presets: Iterable[Scores], title: Callable[[Cell], str]
+) -> str:
+    """Markdown: whether the seeds carry each claim, in each of its cells.
+
+    To fail less is tested by Fisher's exact test of the failures, to err less by
+    Mann and Whitney's of the errors, both two-sided, at 0.05 over the number of rows.
+    To be level is `noise.level` of the two: not to be told apart by so many seeds.
+
+    Args:
+        claims: what is claimed.
+        presets: the scores of each; arms are compared within one of them.
+        title: what a cell is called.
+    """
+    cells = [(claim, cell) for claim in claims for cell in claim.cells]
+    threshold = 0.05 / len(cells)
+    presets, rows = list(presets), []
+    for claim, cell in cells:
+        columns = (scores.get(cell, {}) for scores in presets)
+        both = {claim.one, claim.other}
+        column = next((arms for arms in columns if both <= arms.keys()), None)
+        evidence = ["-", "-", "-", "-", "not run"]
+        if column is not None:
+            evidence = _evidence(
+                claim, column[claim.one], column[claim.other], threshold
+            )
+        rows.append([claim.sentence, title(cell), claim.one, claim.other, *evidence])
+    head = ["claim", "cell", "one arm", "the other", "failed runs"]
+    head += ["ratio of the errors", "seeds", "p", "so"]
+    return (
+        "What may be said, and what carries it. p is Fisher's for failures, Mann and "
+        f"Whitney's for errors, two-sided; with {len(cells)} rows it must be below "
+        f"{threshold:.2g}. Level is what so many seeds do not tell apart.\n\n"
+        f"{markdown_table(head, rows, num_names=4)}"
+    )
+
+
+def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[str]:
+    """Failures, ratio, seeds, p, and what follows."""
+    counts = one.num_failed, one.num_runs, other.num_failed, other.num_runs
+    ratio, interval = ratio_of_medians(one, other)
+    if claim.says == "fails less":
+        p = noise.failure_p(*counts)
+        distance = one.num_failed / one.num_runs - other.num_failed / other.num_runs
+    else:
+        p = float(stats.mannwhitneyu(one.errors, other.errors).pvalue)
+        distance = ratio - 1
+    verdict = "not carried"
+    if claim.says == "is level":
+        if len(level({"one": one, "other": other})) == 2:
+            verdict = "carried"
+    elif p < threshold:
+        verdict = "carried" if distance < 0 else "**the opposite**"
+    if one.num_failed == one.num_runs and other.num_failed == other.num_runs:
+        verdict = "both fail"
+    return [
+        "{} of {}, {} of {}".format(*counts),
+        ranged(ratio, interval, ".2f", bold=False),
+        str(min(one.num_runs, other.num_runs)),
+        f"{p:.2g}",
+        verdict,
+    ]
+
+
+def ratio_of_medians(one: Score, other: Score) -> tuple[float, tuple[float, float]]:
+    """And its bootstrap interval, the seeds of each arm drawn for itself."""
+    rng = np.random.default_rng(0)
+    drawn = [noise.resampled(score.errors, rng=rng) for score in (one, other)]
+    return one.median / other.median, noise.interval(np.divide(*drawn))

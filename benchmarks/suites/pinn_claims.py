@@ -1,0 +1,116 @@
+"""What a text may say of Muon behind a scale control, if the runs carry it."""
+
+from benchmarks.lib.claims import Claim
+from benchmarks.lib.summary import Cell
+
+
+def _poisson(init: str, depth: int) -> Cell:
+    return "poisson", "tanh", init, depth, 32, 1500
+
+
+NATURAL, VANISHING = _poisson("uniform", 50), _poisson("normal 0.3", 32)
+EXPLODING, SHALLOWER = _poisson("normal 5/3", 32), _poisson("uniform", 32)
+HARD = (NATURAL, VANISHING, EXPLODING)
+OURS = "StableGrad | Muon"
+
+CLAIMS = (
+    Claim(
+        "Before Muon, StableGrad fails less often than nothing.",
+        "fails less",
+        OURS,
+        "none | Muon",
+        HARD,
+    ),
+    Claim(
+        "Muon's eps=1e-30 does not replace it.",
+        "fails less",
+        OURS,
+        "none | Muon eps=1e-30",
+        (NATURAL, VANISHING),
+    ),
+    Claim(
+        "A clip before Muon fails more often than it.",
+        "fails less",
+        OURS,
+        "clip 1 | Muon",
+        (NATURAL, VANISHING),
+    ),
+    Claim(
+        "One unit norm for the whole gradient fails more often than it.",
+        "fails less",
+        OURS,
+        "unit norm | Muon",
+        (NATURAL, VANISHING),
+    ),
+    Claim(
+        "Where the start explodes, a clip before Muon is level with StableGrad.",
+        "is level",
+        OURS,
+        "clip 1 | Muon",
+        (EXPLODING,),
+    ),
+    Claim(
+        "The unit norm of each leaf, which has no constant, is level with StableGrad.",
+        "is level",
+        OURS,
+        "unit norm by leaf | Muon",
+        HARD,
+    ),
+    Claim(
+        "The unit norm of each leaf errs less than StableGrad.",
+        "errs less",
+        "unit norm by leaf | Muon",
+        OURS,
+        HARD,
+    ),
+    Claim(
+        "GradientStabilizer with Stable-SPAM's constants is level with StableGrad.",
+        "is level",
+        OURS,
+        "GradientStabilizer .7 .9 | Muon",
+        HARD,
+    ),
+    Claim(
+        "GradientStabilizer as released is level with StableGrad.",
+        "is level",
+        OURS,
+        "GradientStabilizer | Muon",
+        HARD,
+    ),
+    Claim(
+        "Muon behind StableGrad errs less than AdamW with b2=0.9 behind it.",
+        "errs less",
+        OURS,
+        "StableGrad | AdamW b2=0.9",
+        HARD,
+    ),
+    Claim(
+        "Where Muon alone trains, StableGrad before it errs more.",
+        "errs less",
+        "none | Muon",
+        OURS,
+        (SHALLOWER,),
+    ),
+    *(
+        Claim(
+            f"Scaled by {name}, Muon's {part} alone fail less often than nothing.",
+            "fails less",
+            f"{name} on {part} | Muon",
+            "none | Muon",
+            (NATURAL, EXPLODING),
+        )
+        for name in ("StableGrad", "clip 1")
+        for part in ("matrices", "biases")
+    ),
+    *(
+        Claim(
+            f"{name} on all leaves errs less than on {part} alone.",
+            "errs less",
+            f"{name} | Muon",
+            f"{name} on {part} | Muon",
+            (NATURAL, EXPLODING),
+        )
+        for name in ("StableGrad", "clip 1")
+        for part in ("matrices", "biases")
+    ),
+)

@@ -1,0 +1,278 @@
+"""Measures a gradient leaf by leaf, slice by slice, on the host and in float64."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from stablegrad_optax._leaves import Leaf
+
+# A leaf is rounding alone if it is smaller than this many epsilons of its dtype beside
+# the kernel that it stands with: 0.5 to 2 for the key biases of attention blocks with
+# 8 to 256 features.
+_ROUNDING = 16
+_ROUNDING_AT_MOST = 1e-2  # in bfloat16, whose epsilon is no small number
+_ROW_SPARSE = 0.5  # of the rows, exactly zero
+_STACKED_RATIO = 100  # between the slices of a leaf that looks stacked
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafReport:
+    """The statistics of one leaf of a gradient, or one slice, over its finite entries.
+
+    Attributes:
+      name: The path of the leaf, "path/to/kernel"; "path/to/kernel[3]" for a slice.
+      shape: Its shape, of a slice without the stacked axes.
+      is_weight: Whether its std counts in the ratio over layers.
+      is_rounding: Whether it holds nothing but rounding, such as the bias of an
+        attention's keys: it then counts nowhere.
+      std: The standard deviation about the mean; of complex entries, of their modulus
+        about the complex mean.
+      rms: The root mean square.
+      mean_to_std: abs(mean) / std; infinite for a constant leaf, 0 for a zero leaf.
+      below_adam_eps: The share of entries with 0 < abs(g) < adam_eps.
+      zero: The share of entries that are exactly zero.
+      zero_rows: The share of rows, along the first axis, that are exactly zero.
+      nonfinite: The share of entries that are infinite or NaN.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_weight: bool
+    is_rounding: bool
+    std: float
+    rms: float
+    mean_to_std: float
+    below_adam_eps: float
+    zero: float
+    zero_rows: float
+    nonfinite: float
+
+    @property
+    def spread(self) -> float:
+        """The std, floored at rms / 10: what ``stablegrad`` divides by."""
+        return max(self.std, self.rms / 10)
+
+    @property
+    def is_row_sparse(self) -> bool:
+        """Whether most of many rows are exactly zero, as of an embedding; not all."""
+        is_tall = len(self.shape) == 2 and self.shape[0] >= 2 * self.shape[1]
+        return is_tall and _ROW_SPARSE < self.zero_rows < 1
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is a weight without any gradient."""
+        return self.is_weight and self.zero == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What the first steps of a training run add to the gradient of one.
+
+    Attributes:
+      steps: How many there are.
+      drift: The largest factor by which a weight's spread fell from its maximum over
+        the steps to the last tenth of them (the median there).
+      drifted: The name of that weight.
+      std_ratio: The largest over the smallest spread of a weight in that last tenth.
+    """
+
+    steps: int
+    drift: float
+    drifted: str
+    std_ratio: float
+
+
+def is_floating(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
+
+
+def fetch(leaves: list[Any]) -> list[NDArray[Any]]:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError("grads must have values: call gradient_report outside jit.")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ValueError("grads must have values; got jax.ShapeDtypeStruct.")
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    if not all(array.is_fully_addressable for array in arrays):
+        raise ValueError(
+            "grads must be held by this process in full; gather them first with "
+            "jax.experimental.multihost_utils.process_allgather(grads, tiled=True)."
+        )
+    return [np.asarray(leaf) for leaf in jax.device_get(leaves)]
+
+
+def measure(
+    leaf: Leaf, array: NDArray[Any], adam_eps: float, is_weight: bool
+) -> list[LeafReport]:
+    """A row for each slice."""
+    name, shape = leaf.name or "grads", leaf.shape[leaf.num_stacked :]
+    return [
+        LeafReport(
+            name=f"{name}{list(index)}" if leaf.num_stacked else name,
+            shape=shape,
+            is_weight=is_weight,
+            is_rounding=False,
+            **_statistics(array[index], adam_eps),
+        )
+        for index in np.ndindex(leaf.stack)
+    ]
+
+
+def _statistics(array: NDArray[Any], adam_eps: float) -> dict[str, float]:
+    wide = np.complex128 if np.iscomplexobj(array) else np.float64
+    values = array.reshape(-1).astype(wide)
+    finite = np.isfinite(values)
+    if not finite.all():
+        values = values[finite]
+    magnitude = np.abs(values)
+    zero = values.size - int(np.count_nonzero(magnitude))
+    below = max(int(np.count_nonzero(magnitude < adam_eps)) - zero, 0)
+    # Squares of what is at most 1 neither over- nor underflow, in float64 leaves too.
+    unit, count = float(magnitude.max(initial=0)) or 1.0, values.size or 1
+    values /= unit
+    mean = values.sum() / count
+    values -= mean
+    std, offset = math.sqrt(np.vdot(values, values).real / count), float(abs(mean))
+    size = array.size or 1
+    zero_rows = 0.0
+    if array.ndim == 2 and zero and array.size:
+        zero_rows = float(np.mean(~np.any(array != 0, axis=1)))
+    return {
+        "std": unit * std,
+        "rms": unit * math.hypot(std, offset),
+        "mean_to_std": offset / std if std else math.inf if offset else 0.0,
+        "below_adam_eps": below / size,
+        "zero": zero / size,
+        "zero_rows": zero_rows,
+        "nonfinite": (array.size - values.size) / size,
+    }
+
+
+def mark_rounding(
+    leaves: Sequence[Leaf],
+    rows: Sequence[list[LeafReport]],
+    arrays: Sequence[NDArray[Any]],
+) -> list[list[LeafReport]]:
+    """Finds leaves whose exact gradient is zero, by the kernel that they stand with.
+
+    A bias adds to what its kernel makes: what the one sums, the other sums times the
+    input. It can be smaller by the inputs' scale, not by a rounding error, unless its
+    sum cancels. Layers of a deep network may differ by more, hence only beside
+    a leaf of more axes under the same parent.
+    """
+    # The largest rms under a parent, by number of axes and of slices: f[slices].
+    kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}
+    for leaf, of_leaf in zip(leaves, rows, strict=True):
+        here, key = kernels.setdefault(leaf.parent, {}), (_num_axes(leaf), len(of_leaf))
+        rms = np.array([row.rms for row in of_leaf])
+        here[key] = np.maximum(here.get(key, 0.0), rms)
+    marked = []
+    for leaf, of_leaf, array in zip(leaves, rows, arrays, strict=True):
+        limit = np.zeros(len(of_leaf))
+        for (axes, num_slices), rms in kernels[leaf.parent].items():
+            if axes > _num_axes(leaf) and num_slices in (1, len(of_leaf)):
+                limit = np.maximum(limit, rms)
+        epsilons = _ROUNDING * float(jnp.finfo(array.dtype).eps)
+        limit *= min(epsilons, _ROUNDING_AT_MOST)
+        marked.append(
+            [
+                dataclasses.replace(row, is_rounding=True)
+                if 0 < row.rms < most
+                else row
+                for row, most in zip(of_leaf, limit, strict=True)
+            ]
+        )
+    return marked
+
+
+def _num_axes(leaf: Leaf) -> int:
+    return sum(length > 1 for length in leaf.shape[leaf.num_stacked :])
+
+
+def looks_stacked(
+    leaves: Sequence[Leaf], arrays: Sequence[NDArray[Any]]
+) -> tuple[str, ...]:
+    """Names of leaves whose slices along the first axis differ as layers do.
+
+    An axis of layers or members is the first of all leaves under the same parent.
+    """
+    shapes: dict[Any, set[tuple[int, ...]]] = {}
+    for leaf in leaves:
+        shapes.setdefault(leaf.parent, set()).add(leaf.shape)
+    return tuple(
+        leaf.name
+        for leaf, array in zip(leaves, arrays, strict=True)
+        if not leaf.num_stacked
+        and len(leaf.shape) >= 3
+        and leaf.shape[0] > 1
+        and all(
+            shape[:1] == leaf.shape[:1] and math.prod(shape) > shape[0]
+            for shape in shapes[leaf.parent]
+        )
+        and _differ(array)
+    )
+
+
+def _differ(array: NDArray[Any]) -> bool:
+    """Whether the largest entries of its slices are far apart, or some have none."""
+    largest = np.abs(array.reshape(len(array), -1).astype(np.complex128))
+    largest = largest.max(axis=1, initial=0)
+    some = largest[np.isfinite(largest) & (largest > 0)]
+    if not some.size:
+        return False
+    return bool(some.max() > _STACKED_RATIO * some.min() or np.any(largest == 0))
+
+
+def read_history(
+    history: Mapping[str, ArrayLike],
+    leaves: Sequence[Leaf],
+    rows: Sequence[list[LeafReport]],
+) -> History:
+    """Spreads are the reciprocals of ``stablegrad``'s factors, up to one constant."""
+    names = {leaf.name or "grads" for leaf in leaves}
+    unknown = [name for name in history if name not in names]
+    if unknown or not history:
+        raise ValueError(
+            "history must be scale_factors of a scan's states, named as the leaves of "
+            f"grads; got {', '.join(map(repr, unknown)) or 'no leaf'}."
+        )
+    counted = {
+        leaf.name or "grads"
+        for leaf, of_leaf in zip(leaves, rows, strict=True)
+        if any(row.is_weight and row.spread > 0 for row in of_leaf)
+    }
+    spreads: dict[str, NDArray[np.float64]] = {}
+    num_steps = 0
+    for name, factors in history.items():
+        array = np.asarray(factors, np.float64)
+        if array.ndim not in (1, 2) or len(array) < 2:
+            raise ValueError(
+                "history must hold f[steps] or f[steps, slices], of two steps at "
+                f"least; got shape {array.shape} for '{name}'."
+            )
+        num_steps = len(array)
+        if name not in counted:
+            continue
+        for i, of_slice in enumerate(array.reshape(num_steps, -1).T):
+            fine = of_slice[np.isfinite(of_slice) & (of_slice > 0)]
+            if fine.size:
+                key = name if array.ndim == 1 else f"{name}[{i}]"
+                spreads[key] = 1 / fine
+    last = {
+        name: float(np.median(spread[-max(len(spread) // 10, 1) :]))
+        for name, spread in spreads.items()
+    }
+    drifts = {name: float(spreads[name].max()) / last[name] for name in spreads}
+    drifted = max(drifts, key=lambda name: drifts[name], default="")
+    return History(
+        num_steps,
+        drifts.get(drifted, math.nan),
+        drifted,
+        max(last.values()) / min(last.values()) if last else math.nan,
+    )

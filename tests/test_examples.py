@@ -1,0 +1,45 @@
+"""The examples of the docs run, in a short form."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stablegrad_optax import default_optimizers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+FOLDER = Path(__file__).parents[1] / "docs" / "examples"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_compares_its_optimizers(path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    name = "StableGrad + Muon"
+    optimizers = {name: default_optimizers()[name]}
+    if hasattr(module, "kernels_as_matrices"):
+        optimizers = {name: default_optimizers(module.kernels_as_matrices)[name]}
+    result = module.run(
+        optimizers=optimizers,
+        learning_rates=(1e-3,),
+        steps=3,
+        num_seeds=2,
+        parallel=2,
+    )
+    assert result.curves[name].shape == (2, 3)
+    assert np.isfinite(result.curves[name]).all()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem
+)
+def test_what_it_printed_has_every_optimizer(path):
+    lines = path.read_text().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert all(any(line.startswith(n) for line in lines) for n in default_optimizers())
