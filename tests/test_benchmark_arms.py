@@ -64,6 +64,20 @@ def test_an_arm_is_the_treatment_before_the_optimizer():
     jax.tree.map(close, found, expected)
 
 
+def test_skipping_encloses_the_optimizer_and_sees_the_loss():
+    tx = Arm.of("skip spikes | Adam")(lambda count: 1e-3)
+    update = jax.jit(partial(tx.update, probes={}))
+    state = tx.init(PARAMS)
+    for value in (1.0, np.nan):
+        before = state
+        updates, state = update(GRADS, state, PARAMS, value=jnp.float32(value))
+    assert state.num_skipped == 1
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (a == b).all(), state.inner_state, before.inner_state)
+    )
+
+
 def test_decay_is_added_to_what_the_treatment_makes_of_the_gradient():
     tx = optax.chain(
         optax.scale(30.0), optax.add_decayed_weights(0.5), optax.adam(1e-3)

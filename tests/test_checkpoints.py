@@ -96,4 +96,5 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     params = training.initial_params()
     uninterrupted = training.train(0, 8, params, training.tx.init(params))
     assert step == 8
+    assert uninterrupted[1].num_skipped == 1
     assert_trees_equal(tuple(resumed), jax.tree.map(np.asarray, uninterrupted))

@@ -173,6 +173,25 @@ def test_a_spike_is_one_update_and_a_factor_of_the_whole_gradient(weights):
             np.testing.assert_allclose(got, factor * of_clean, rtol=1e-3, atol=1e-5)
 
 
+def test_a_spike_may_last_and_nothing_else_is_one():
+    for name, last in (("loss x1e4", 7), ("loss x1e4, 10 updates", 16)):
+        disturbance = DISTURBANCES[name]
+        found = [bool(disturbance.is_spike(update, 7)) for update in range(30)]
+        assert found == [7 <= update <= last for update in range(30)]
+        assert not any(disturbance.is_spike(update, 0) for update in range(30))
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 16)])
+def test_wrong_labels_are_the_right_ones_of_others(shape):
+    targets = jnp.arange(np.prod(shape)).reshape(shape)
+    wrong = DISTURBANCES["wrong labels"].of_targets(targets, True, jax.random.key(0))
+    assert (wrong != targets).mean() > 0.9
+    np.testing.assert_array_equal(jnp.sort(wrong.ravel()), targets.ravel())
+    for name, is_spike in (("wrong labels", False), ("loss x1e4", True)):
+        same = DISTURBANCES[name].of_targets(targets, is_spike, jax.random.key(0))
+        np.testing.assert_array_equal(same, targets)
+
+
 def test_the_gradient_and_the_predictions_std_are_those_of_the_loss(weights):
     """Against plain autodiff on the same batch, and dL/dy = (softmax - one-hot) / n."""
     task, found = training_of("lm").task, gradient(weights, "none", 0)

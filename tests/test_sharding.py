@@ -43,11 +43,17 @@ def put(tree, *spec):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, of_leaf(leaf)), tree)
 
 
+def exact(params, opt_state):
+    """All but what is a difference of norms, in which their rounding is magnified."""
+    rounded = {"deviation": 0, "last_deviation": 0}
+    return jax.device_get((params, opt_state._replace(**rounded)))
+
+
 @functools.cache
 def one_device():
     """Parameters and state after two steps, on a single device."""
     params = training.initial_params()
-    return jax.device_get(training.train(0, 2, params, training.tx.init(params)))
+    return exact(*training.train(0, 2, params, training.tx.init(params)))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_sharded_jit_equals_one_device(of_params, of_batch):
     for step in range(2):
         data = put(training.batch(step), *of_batch)
         params, opt_state = training.train_step(params, opt_state, data)
-    assert_trees_close(jax.device_get((params, opt_state)), one_device(), **CLOSE)
+    assert_trees_close(exact(params, opt_state), one_device(), **CLOSE)
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
@@ -102,7 +108,7 @@ def test_data_parallel_loop_equals_one_device(how):
         if how == "pmap":
             x, target = x.reshape(8, 2, -1), target.reshape(8, 2, -1)
         params, opt_state = mapped(params, opt_state, x, target)
-    assert_trees_close(jax.device_get((params, opt_state)), one_device(), **CLOSE)
+    assert_trees_close(exact(params, opt_state), one_device(), **CLOSE)
 
 
 def collectives(tx, grads, extra_args):
@@ -163,7 +169,7 @@ def test_explicit_mesh_trains_like_one_device():
         for step in range(2):
             data = jax.device_put(training.batch(step), rows)
             params, opt_state = training.train_step(params, opt_state, data)
-    assert_trees_close(jax.device_get((params, opt_state)), one_device(), **CLOSE)
+    assert_trees_close(exact(params, opt_state), one_device(), **CLOSE)
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -191,7 +197,7 @@ def test_two_processes_equal_one(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], logs
     params, state = pickle.loads(output.read_bytes())
     start = training.initial_params()
-    expected, opt_state = training.train(0, 3, start, training.tx.init(start))
-    assert_trees_close(params, jax.device_get(expected), **CLOSE)
-    assert_trees_close(state, jax.device_get(opt_state[0]), **CLOSE)
+    expected, opt_state = training.train(0, 5, start, training.tx.init(start))
+    assert opt_state.num_skipped == 1
+    assert_trees_close(exact(params, state), exact(expected, opt_state), **CLOSE)
     assert scale_factors(state, params).keys() == scale_factors(opt_state, start).keys()

@@ -1,6 +1,7 @@
 """GradientStabilizer against a literal reference, its bounds, and its edges."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -305,9 +306,9 @@ def test_gamma2_of_0_forgets_at_once():
     np.testing.assert_allclose(rho, 1, rtol=1e-5)
 
 
-def recovery(max_norm_ratio, num_steps=23_000):
+def recovery(num_steps=23_000, **kwargs):
     """Rho from a spike on, after a long history of norm 1; a leaf for each spike."""
-    tx = gradient_stabilizer(max_norm_ratio=max_norm_ratio)
+    tx = gradient_stabilizer(**kwargs)
     ones = jnp.ones(len(SPIKES))
     state = tx.init(list(ones))._replace(
         norm_mean=ones, norm_rms=ones, num_accepted=jnp.full(len(SPIKES), 10**6)
@@ -321,29 +322,104 @@ def recovery(max_norm_ratio, num_steps=23_000):
     return np.asarray(jax.lax.scan(step, state, grads)[1])
 
 
-def three_digits(steps):
-    return f"{float(f'{steps:.3g}'):g}"
+FIRST_VERSION = {"gamma1": 0.7, "gamma2": 0.9, "eps": 1e-8}
+ARMS = {
+    "default": {},
+    "`max_norm_ratio=2`": {"max_norm_ratio": 2.0},
+    "first version": FIRST_VERSION,
+    "first version, `max_norm_ratio=2`": FIRST_VERSION | {"max_norm_ratio": 2.0},
+}
 
 
-@pytest.mark.parametrize("max_norm_ratio", [None, 2])
-def test_the_docstring_shows_the_recovery_after_a_spike(max_norm_ratio):
-    rows = [line.split() for line in gradient_stabilizer.__doc__.splitlines()]
-    table = [row for row in rows if row[:1] == [str(max_norm_ratio)]]
-    regenerated = []
-    for spike, rho in zip(SPIKES, recovery(max_norm_ratio).T, strict=True):
-        steps = [
-            1 + np.flatnonzero(np.r_[0, rho] < level)[-1] - 1 for level in (0.5, 0.9)
-        ]
-        regenerated.append(
-            [
-                str(max_norm_ratio),
-                f"{spike:g}",
-                f"{rho[0]:.3g}",
-                f"{rho.min():.3g}",
-                *map(three_digits, steps),
-            ]
-        )
-    assert table == regenerated
+def table():
+    """How deep rho falls after a spike of X, and when it is back for good."""
+    rows = []
+    for name, kwargs in ARMS.items():
+        for spike, rho in zip(SPIKES, recovery(**kwargs).T, strict=True):
+            steps = (np.flatnonzero(np.r_[0, rho] < x)[-1] for x in (0.5, 0.9))
+            cells = [name, f"{spike:g}", f"{rho[0]:.3g}", f"{rho.min():.3g}"]
+            cells += [f"{float(f'{n:.3g}'):g}" for n in steps]
+            rows.append(f"| {' | '.join(cells)} |")
+    return [
+        "| arguments | X | rho at X | lowest rho | steps to 0.5 | steps to 0.9 |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def test_the_docs_show_the_recovery_after_a_spike():
+    """Printed by `python tests/test_stabilizer.py`."""
+    page = Path(__file__).parents[1] / "docs" / "methods" / "gradient_stabilizer.md"
+    lines, rows = page.read_text().splitlines(), table()
+    start = lines.index(rows[0])
+    assert lines[start : start + len(rows)] == rows
+
+
+def test_the_first_version_is_bounded_by_1_41():
+    """The general bound at its gammas, attained by the worst growth of norms."""
+    bound = 0.3 / np.sqrt(0.1) / np.sqrt(1 - 0.7**2 / 0.9)
+    assert bound == pytest.approx(1.41, abs=0.01)
+    exponents = np.arange(300)[::-1] * np.log10(0.7 / 0.9)
+    norms = 10.0 ** np.maximum(37 + exponents, -37)
+    rho = run(norms, **FIRST_VERSION | {"eps": 0.0})
+    assert bound * (1 - 1e-3) < rho.max() < bound * (1 + 1e-5)
+    assert run(heavy_tailed_norms(0), **FIRST_VERSION).max() < bound
+
+
+class TorchRule:
+    """The authors' PyTorch code for one parameter, as its lines have it, in NumPy."""
+
+    def __init__(self, gamma1, gamma2, eps):
+        self.gamma1, self.gamma2, self.eps = gamma1, gamma2, eps
+        self.m_norm_t, self.v_norm_t, self.step = 0.0, 0.0, 0
+
+    def __call__(self, grad):
+        grad_norm = np.linalg.norm(grad)
+        if grad_norm == 0 or not np.isfinite(grad_norm):
+            return grad
+        self.step += 1
+        self.m_norm_t = self.gamma1 * self.m_norm_t + (1 - self.gamma1) * grad_norm
+        self.v_norm_t = self.gamma2 * self.v_norm_t + (1 - self.gamma2) * grad_norm**2
+        m_norm_hat = self.m_norm_t / (1 - self.gamma1**self.step)
+        v_norm_hat = self.v_norm_t / (1 - self.gamma2**self.step)
+        c_norm_t = m_norm_hat / (np.sqrt(v_norm_hat) + self.eps)
+        return grad / max(grad_norm, self.eps) * c_norm_t
+
+
+@pytest.mark.parametrize(
+    ("gamma1", "gamma2", "eps"), [(0.6, 0.999, 1e-12), (0.7, 0.9, 1e-8)]
+)
+def test_a_torch_run_goes_on_from_its_state(gamma1, gamma2, eps):
+    """Half the steps there, then the state moved over, and the other half here."""
+    rng = np.random.default_rng(0)
+    grads = {
+        "bias": rng.normal(size=(60, 3)) * 10 ** rng.normal(size=(60, 1)),
+        "kernel": rng.normal(size=(60, 4, 5)) * 10 ** rng.normal(size=(60, 1, 1)),
+    }
+    grads["bias"][7] = 0  # so that the leaves have seen different numbers of norms
+    rules = {name: TorchRule(gamma1, gamma2, eps) for name in grads}
+    for i in range(30):
+        for name, rule in rules.items():
+            rule(grads[name][i])
+
+    tx = gradient_stabilizer(gamma1, gamma2, eps=eps)
+    m, v, s = (
+        np.array([getattr(rule, field) for rule in rules.values()])  # the tree's order
+        for field in ("m_norm_t", "v_norm_t", "step")
+    )
+    state = tx.init({name: jnp.asarray(g[0], "f") for name, g in grads.items()})
+    state = state._replace(
+        norm_mean=jnp.asarray(m / (1 - gamma1**s), jnp.float32),
+        norm_rms=jnp.asarray(np.sqrt(v / (1 - gamma2**s)), jnp.float32),
+        num_accepted=jnp.asarray(s, jnp.int32),
+    )
+    update = updater(gamma1=gamma1, gamma2=gamma2, eps=eps)
+    for i in range(30, 60):
+        expected = {name: rule(grads[name][i]) for name, rule in rules.items()}
+        step = {name: jnp.asarray(g[i], jnp.float32) for name, g in grads.items()}
+        updates, state = update(step, state)
+        for name in grads:
+            np.testing.assert_allclose(updates[name], expected[name], rtol=2e-6)
 
 
 def test_multi_steps_sees_each_mean_once():
@@ -562,3 +638,7 @@ def test_nothing_of_gradient_size_is_written_beside_the_result():
 def test_bad_arguments_raise(kwargs, match):
     with pytest.raises(ValueError, match=match):
         gradient_stabilizer(**kwargs)
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

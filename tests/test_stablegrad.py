@@ -1,6 +1,7 @@
 """StableGrad against its equation in NumPy, and who is scaled by whom."""
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -550,7 +551,7 @@ def test_scale_factors_are_what_the_update_multiplied_by():
         np.testing.assert_allclose(g * factors.get(name, 1.0), scaled, rtol=1e-6)
 
 
-# The table in the docstring: (gradient, its dtype, std, mean / std).
+# The table in the docs: (gradient, its dtype, std, mean / std).
 TABLE = [
     ("float32", 1e-39, 0),
     ("float32", 1e-36, 0),
@@ -588,15 +589,17 @@ def table():
         grads.append((std * (z + mean)).astype(jnp.dtype(dtype)))
     rows += [("float32", words, "") for words in WORDS]
     grads += WORDS.values()
-    line = "{:<9}  {:<8}  {:<8}  {:<10}  {:<10}  {}".format
-    rule = line(*("=" * width for width in (9, 8, 8, 10, 10, 10)))
-    head = line("dtype", "std", "mean/std", "scaled std", "with eps=0", "scaled rms")
     default, without = scaled(stablegrad(), grads), scaled(stablegrad(eps=0), grads)
     with np.errstate(invalid="ignore"):
-        for row, a, b in zip(range(len(rows)), default, without, strict=True):
+        for i, (a, b) in enumerate(zip(default, without, strict=True)):
             results = np.std(a), np.std(b), np.sqrt(np.mean(np.abs(a) ** 2))
-            rows[row] = line(*rows[row], *(f"{x:.3f}" for x in results)).rstrip()
-    return [rule, head, rule, *rows, rule]
+            cells = *rows[i], *(f"{x:.3f}" for x in results)
+            rows[i] = f"| {' | '.join(cells)} |"
+    return [
+        "| dtype | std | mean/std | scaled std | with eps=0 | scaled rms |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def scaled(tx, grads):
@@ -609,12 +612,12 @@ def scaled(tx, grads):
     ]
 
 
-def test_the_docstring_shows_what_each_dtype_and_extreme_gives():
+def test_the_docs_show_what_each_dtype_and_extreme_gives():
     """Printed by `python tests/test_stablegrad.py`."""
-    written = [line.strip() for line in stablegrad.__doc__.splitlines()]
-    rows = table()
-    start = written.index(rows[0])
-    assert written[start : start + len(rows)] == rows
+    page = Path(__file__).parents[1] / "docs" / "methods" / "stablegrad.md"
+    lines, rows = page.read_text().splitlines(), table()
+    start = lines.index(rows[0])
+    assert lines[start : start + len(rows)] == rows
 
 
 if __name__ == "__main__":

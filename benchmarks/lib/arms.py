@@ -17,8 +17,10 @@ from optax import contrib
 from benchmarks.lib import treatments
 from benchmarks.lib.soap import soap
 from stablegrad_optax import (
+    clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
+    skip_spikes,
     stablegrad,
 )
 
@@ -118,6 +120,8 @@ TREATMENTS: dict[str, Callable[[], Transformation]] = {
         gradient_stabilizer, max_norm_ratio=2.0
     ),
     "GradientStabilizer .7 .9": partial(gradient_stabilizer, 0.7, 0.9, eps=1e-8),
+    "clip by history": clip_by_history,
+    "skip spikes": optax.identity,
     "GradientAutoscaled": gradient_autoscaled_normalization,
     "mean removal": partial(gradient_autoscaled_normalization, "none"),
     "z-score": treatments.z_score,
@@ -134,6 +138,11 @@ TREATMENTS: dict[str, Callable[[], Transformation]] = {
         )
     },
     "constant factor 30": partial(optax.scale, 30.0),
+}
+
+# Of the treatments those that enclose the optimizer.
+WRAPPERS: dict[str, Callable[[Transformation], Transformation]] = {
+    "skip spikes": skip_spikes,
 }
 
 
@@ -170,7 +179,7 @@ class Arm:
     def __call__(
         self, rate: optax.Schedule, weight_decay: float = 0.0
     ) -> optax.GradientTransformationExtraArgs:
-        """The transformation; its `update` takes a task's `probes` as well.
+        """The transformation; its `update` takes a task's `probes` and loss as well.
 
         Args:
             rate: of learning.
@@ -180,7 +189,8 @@ class Arm:
         parts = [TREATMENTS[self.treatment](), OPTIMIZERS[self.optimizer].make(rate)]
         if weight_decay:
             parts.insert(1, optax.add_decayed_weights(weight_decay))
-        return optax.chain(*parts)
+        tx = optax.chain(*parts)
+        return WRAPPERS[self.treatment](tx) if self.treatment in WRAPPERS else tx
 
 
 def pairs(treatments: Iterable[str], optimizers: Iterable[str]) -> tuple[str, ...]:

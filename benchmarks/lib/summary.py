@@ -172,7 +172,8 @@ def floor(
 
     Only seeds that all of them have count.
     """
-    arms = [column[arm] for arm in level(column, statistic)]
+    best = level(column, statistic)
+    arms = [column[arm] for arm in column if arm in best]
     seeds = set.intersection(*({r["seed"] for r in arm.records} for arm in arms))
     if len(arms) < 2 or not seeds:
         return None

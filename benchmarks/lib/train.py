@@ -151,6 +151,7 @@ class Curves:
         ms_per_step: wall-clock of the batch over its number of runs, in the fastest
             stretch between records: compilation and other work on the machine only add.
         num_params: number of weights.
+        num_skipped: updates that the arm did not take.
     """
 
     steps: np.ndarray
@@ -159,6 +160,7 @@ class Curves:
     stds: np.ndarray
     ms_per_step: float
     num_params: int
+    num_skipped: int = 0
 
     @property
     def exponents(self) -> np.ndarray:
@@ -202,10 +204,12 @@ def curves_of(
     moments: Iterable[Moment], tick: Callable[[], None] = lambda: None
 ) -> list[Curves]:
     """The curves of every run of a batch."""
-    of_batch, num_params = [], 0
+    of_batch, num_params, skipped = [], 0, None
     for moment in moments:
         leaves = jax.tree.leaves(moment.params)
         num_params = sum(leaf.size // len(leaf) for leaf in leaves)
+        skipped = optax.tree.get(moment.opt_states, "num_skipped")
+        skipped = None if skipped is None else np.asarray(skipped)
         of_batch.append(moment._replace(params=None, opt_states=None))
         tick()
     return [
@@ -219,6 +223,7 @@ def curves_of(
             stds=np.stack([m.stds[run] for m in of_batch]),
             ms_per_step=min(m.ms_per_step for m in of_batch),
             num_params=num_params,
+            num_skipped=0 if skipped is None else int(skipped[run]),
         )
         for run in range(len(of_batch[0].loss))
     ]
@@ -276,6 +281,7 @@ class Batch:
                 self._opt_states,
                 found.grads,
                 found.probes,
+                found.loss,
             )
             self._states = found.state
         self.step = stop
@@ -318,6 +324,7 @@ def _update(
     opt_states: optax.OptState,
     grads: PyTree,
     probes: Mapping[str, jax.Array],
+    losses: jax.Array,
 ) -> tuple[PyTree, optax.OptState]:
     """One step of every run; the old parameters and states are given up."""
 
@@ -327,11 +334,14 @@ def _update(
         opt_state: optax.OptState,
         grads: PyTree,
         probes: Mapping[str, jax.Array],
+        loss: jax.Array,
     ) -> tuple[PyTree, optax.OptState]:
-        updates, opt_state = rule(rate).update(grads, opt_state, params, probes=probes)
+        updates, opt_state = rule(rate).update(
+            grads, opt_state, params, probes=probes, value=loss
+        )
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.vmap(of_run)(rates, params, opt_states, grads, probes)
+    return jax.vmap(of_run)(rates, params, opt_states, grads, probes, losses)
 
 
 @jax.jit

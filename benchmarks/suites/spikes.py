@@ -26,11 +26,16 @@ TREATMENTS = (
     "GradientStabilizer",
     "GradientStabilizer, Algorithm 1",
     "GradientStabilizer, max_norm_ratio 2",
+    "GradientStabilizer .7 .9",
+    "clip by history",
+    "skip spikes",
     "StableGrad",
     "StableGrad prediction, limit 2",
     "unit norm by leaf",
     "constant factor 30",
 )
+# Those that came after the preset cpu, which is not run again for them.
+_LATER = ("GradientStabilizer .7 .9", "clip by history", "skip spikes")
 Size = Literal["tiny", "cpu", "million", "gpu"]
 # The decoder of size "gpu" has 4.9 million parameters, "million" 1.3 million, "cpu" 43
 # thousand: what two busy cores can train some hundreds of times.
@@ -78,7 +83,7 @@ class Cell:
     steps: int = 400
     batch: int = 8
     size: Size = "cpu"
-    treatments: tuple[str, ...] = TREATMENTS
+    treatments: tuple[str, ...] = tuple(t for t in TREATMENTS if t not in _LATER)
 
 
 def _groups(preset: str, cells: tuple[Cell, ...]) -> list[list[Entry]]:
@@ -100,9 +105,10 @@ SPIKES = ("loss x10", "loss x100", "loss x1e4")
 NOISES = ("none", "noise of 1 range", "noise of 2 ranges", "noise of 3 ranges")
 DECAYS = ("0", "1e-4", "5e-4")
 
-_STABILIZERS = tuple(arm for arm in TREATMENTS if arm.startswith("GradientStabilizer"))
+_FIRST = tuple(arm for arm in TREATMENTS if arm not in _LATER)
+_STABILIZERS = tuple(arm for arm in _FIRST if arm.startswith("GradientStabilizer"))
 # A constant factor cancels in Adam and Lion, but for eps: it is a control of the decay.
-_ARMS = tuple(arm for arm in TREATMENTS if arm != "constant factor 30")
+_ARMS = tuple(arm for arm in _FIRST if arm != "constant factor 30")
 _DECAYED = (
     "none",
     "clip 1",
@@ -150,6 +156,25 @@ _SPIKED_MILLION = replace(
     size="million",
     treatments=(*_MAIN, "GradientStabilizer, max_norm_ratio 2"),
 )
+_REMEDIES = replace(
+    _SPIKED,
+    treatments=(
+        "none",
+        "clip 1",
+        "ZClip",
+        "GradientStabilizer",
+        "GradientStabilizer, max_norm_ratio 2",
+        *_LATER,
+    ),
+)
+_REMEDIES_FEW = replace(
+    _REMEDIES, optimizer="Adam b2=0.9", treatments=("none", "clip 1", "ZClip", *_LATER)
+)
+_REMEDIES_MUON = replace(_REMEDIES_FEW, optimizer="Muon")
+_REMEDIES_MILLION = replace(
+    _REMEDIES, rates=(1e-3,), size="million", treatments=("none", "clip 1", *_LATER)
+)
+_SPIKES_OF_REMEDIES = ("none", "wrong labels", "loss x1e4", "loss x1e4, 10 updates")
 _LION = replace(_TEXT, optimizer="Lion", rates=_LOWER, tuned=False, treatments=_FEW)
 _SHORT_TEXT = replace(_TEXT, optimizer="Adam b2=0.9", treatments=_MAIN)
 _SHORT_SERIES = replace(_SERIES, optimizer="AdamW b2=0.9", treatments=_MAIN)
@@ -255,6 +280,33 @@ PRESETS = {
         "half an hour on 2 idle cores",
         "one spike in the training of a decoder of 1.3 million parameters",
     ),
+    # What remembers, against spikes that last or point the wrong way.
+    "remedies": Preset(
+        _groups(
+            "remedies",
+            tuple(
+                cell
+                for disturbances in (
+                    _SPIKES_OF_REMEDIES,
+                    ("wrong labels, 10 updates",),
+                )
+                for one in (_REMEDIES, _REMEDIES_FEW, _REMEDIES_MUON)
+                for cell in _with(one, "disturbance", disturbances)
+            ),
+        ),
+        Protocol((), tuple(range(100, 105))),
+        "half an hour on 2 idle cores",
+        "spikes that last, or of wrong labels, under what remembers",
+    ),
+    "remedies-million": Preset(
+        _groups(
+            "remedies-million",
+            _with(_REMEDIES_MILLION, "disturbance", _SPIKES_OF_REMEDIES),
+        ),
+        Protocol((), tuple(range(100, 105))),
+        "2 hours on 2 idle cores",
+        "the same for a decoder of 1.3 million parameters",
+    ),
     "gpu": Preset(
         _groups(
             "gpu",
@@ -351,6 +403,7 @@ def keep(run: Run, curves: Curves) -> Record:
         "failed": bool(is_lost or round(error, 6) >= failure),
         "ms_per_step": finite(curves.ms_per_step, digits=4),
         "num_params": curves.num_params,
+        "num_skipped": curves.num_skipped,
         "python": platform.python_version(),  # whose library is the text
     }
     if run.phase == "reported":

@@ -158,7 +158,12 @@ def _summary(table: Scores) -> str:
 
 
 def _tables(table: Scores) -> str:
-    parts = (_excess_tables(table), _sweep_tables(table), _compared_tables(table))
+    parts = (
+        _excess_tables(table),
+        _alarm_tables(table),
+        _sweep_tables(table),
+        _compared_tables(table),
+    )
     return "\n".join(part for part in parts if part)
 
 
@@ -180,9 +185,10 @@ def _excess_tables(table: Scores) -> str:
         }
         of_cell = _named(next(iter(cells)))
         parts.append(
-            f"### {task}, {optimizer}, one spike: update {of_cell['spike']} of "
-            f"{of_cell['steps']}\n\nRate {of_cell['rate']}. Clean loss (nats) less "
-            "that of the same run without the spike, right after the spike's update / "
+            f"### {task}, {optimizer}, a spike: update {of_cell['spike']} of "
+            f"{of_cell['steps']}, or that and nine more\n\nRate {of_cell['rate']}. "
+            "Clean loss (nats) less that of the same run without the spike, right "
+            "after its first update / "
             f"{LATER[1] - 1} / {LATER[2] - 1} updates later, median over seeds (runs "
             "failed at the end):\n\n" + arms_table(columns, _excess_entry, TREATMENTS)
         )
@@ -196,6 +202,51 @@ def _excess_entry(column: Mapping[str, tuple[np.ndarray, Score]], arm: str) -> s
 
 
 _entry = partial(median_entry, form=".3f")
+
+
+def _alarm_tables(table: Scores) -> str:
+    """What arms do to runs without a spike, and how many updates they skip."""
+    parts = []
+    for cell, arms in sorted(table.items(), key=_hardness):
+        of_cell = _named(cell)
+        if of_cell["disturbance"] != "none" or not of_cell["spike"]:
+            continue
+        skips = [arm for arm, score in arms.items() if _skipped(score)]
+        plain = next((score for arm, score in arms.items() if "none" in arm), None)
+        if plain is None or not any(
+            "num_skipped" in r for s in arms.values() for r in s.records
+        ):
+            continue
+        columns = {
+            "last loss less that of none": {
+                arm: f"{np.median(_last(score) - _last(plain)):.3f}"
+                for arm, score in arms.items()
+            },
+            "updates skipped": {
+                arm: ", ".join(map(str, _skipped(arms[arm]))) for arm in skips
+            },
+        }
+        parts.append(
+            f"### {_title(cell)}, false alarms: no spike at all\n\nMedian over seeds "
+            "of the clean loss (nats) at the end; of each seed the updates skipped of "
+            f"{of_cell['steps']}, where there are any:\n\n"
+            + arms_table(columns, lambda column, arm: column[arm], TREATMENTS)
+        )
+    return "\n".join(parts)
+
+
+def _last(score: Score) -> np.ndarray:
+    """Clean losses at the end f[seeds], in the order of the seeds."""
+    records = sorted(score.records, key=lambda record: record["seed"])
+    losses = [record["curve"]["loss"][-1] for record in records]
+    return np.array([np.inf if loss is None else loss for loss in losses])
+
+
+def _skipped(score: Score) -> list[int]:
+    """Of each seed; none where no seed has skipped an update."""
+    records = sorted(score.records, key=lambda record: record["seed"])
+    counts = [record.get("num_skipped", 0) for record in records]
+    return counts if any(counts) else []
 
 
 def _sweep_tables(table: Scores) -> str:

@@ -11,9 +11,26 @@ SHARE = 0.05  # of the inputs that noise meets
 class Disturbance(NamedTuple):
     """Values, not programs: all disturbances share one compilation."""
 
-    loss_factor: float | jax.Array = 1.0  # in the spike's update alone
+    loss_factor: float | jax.Array = 1.0  # in the spike's updates alone
     input_factor: float | jax.Array = 1.0  # likewise
+    wrong_targets: float | jax.Array = 0.0  # likewise; 1: those of other examples
+    updates: int | jax.Array = 1  # how many, one after another, are the spike
     noise: float | jax.Array = 0.0  # std where the inputs' range is 1; in every update
+
+    def is_spike(self, update: jax.Array, first: jax.Array) -> jax.Array:
+        """Whether an update is one of those from `first` on; 0: none is."""
+        return (first > 0) & (update >= first) & (update < first + self.updates)
+
+    def of_targets(
+        self, targets: jax.Array, is_spike: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Targets in another order where they are wrong: a share of them stays right.
+
+        Entries of one leading axis: of text every byte has another position's.
+        """
+        flat = targets.reshape(-1, *targets.shape[2:]) if targets.ndim > 1 else targets
+        mixed = jax.random.permutation(key, flat).reshape(targets.shape)
+        return jnp.where(is_spike & (self.wrong_targets > 0), mixed, targets)
 
     def of_loss(self, is_spike: jax.Array) -> jax.Array:
         """What the loss f[] is multiplied by."""
@@ -38,6 +55,9 @@ DISTURBANCES: dict[str, Disturbance] = {
     "loss x10": Disturbance(loss_factor=10.0),
     "loss x100": Disturbance(loss_factor=100.0),
     "loss x1e4": Disturbance(loss_factor=1e4),
+    "loss x1e4, 10 updates": Disturbance(loss_factor=1e4, updates=10),
+    "wrong labels": Disturbance(wrong_targets=1.0),
+    "wrong labels, 10 updates": Disturbance(wrong_targets=1.0, updates=10),
     "inputs x100": Disturbance(input_factor=100.0),
     "noise of 1 range": Disturbance(noise=1.0),
     "noise of 2 ranges": Disturbance(noise=2.0),

@@ -38,7 +38,7 @@ class Supervised:
     Attributes:
         train: arrays that `sample` draws from.
         disturbance: what goes wrong.
-        spike: which update, from 1 on, is the disturbed one; 0: none.
+        spike: which update, from 1 on, is the first disturbed one; 0: none.
         model: from inputs [batch, ...] to predictions.
         batch: examples in each.
         loss_scaling: dynamic, by flax: the scale is halved after a gradient that is not
@@ -86,8 +86,9 @@ class Supervised:
         """At the disturbed batch of (key, step); not finite where it is so."""
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
         inputs, targets = self.sample(key_batch, self.batch)
-        is_spike = step + 1 == self.spike
+        is_spike = self.disturbance.is_spike(step + 1, self.spike)
         inputs = self.disturbance.of_inputs(inputs, is_spike, key_noise)
+        targets = self.disturbance.of_targets(targets, is_spike, key_noise)
         factor = self.disturbance.of_loss(is_spike)
 
         def predict(params: PyTree) -> jax.Array:
