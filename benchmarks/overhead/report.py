@@ -53,6 +53,7 @@ def markdown(records: dict[Key, Record]) -> str:
     parts = [
         "# What a step costs",
         "Made by `python -m benchmarks.overhead`. " + tables.machine(records),
+        *filter(None, [tables.of_another_version(records)]),
         "![Time of a step and of compilation over adamw's](overhead.png)",
     ]
     for dtype in sorted({key[2] for key in records if key[0] == "update"})[::-1]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from benchmarks.overhead import trees
 from benchmarks.overhead.arms import ARMS, BASELINE, OURS
-from benchmarks.overhead.suite import Key, Record
+from benchmarks.overhead.suite import NAMES, Key, Record
 
 # What is to be reached on two CPU cores, in float32: at most so many times adamw's
 # time.
@@ -166,4 +166,24 @@ def machine(records: dict[Key, Record]) -> str:
         f"{machine['copy_gb_per_s']:g} GB/s; jax {machine['jax']}, optax "
         f"{machine['optax']}, stablegrad_optax {machine['stablegrad_optax']}, "
         f"{machine['date']}."
+    )
+
+
+def of_another_version(records: dict[Key, Record]) -> str:
+    """Which cells of our methods are not of the version that the page names."""
+    version = records.get(("machine",), {}).get("stablegrad_optax")
+    older: dict[str, set[str]] = {}
+    for record in records.values():
+        own = record["stablegrad_optax"]
+        if (
+            record.get("arm") in OURS
+            and record["kind"] != "compiled"
+            and own != version
+        ):
+            names = NAMES[record["kind"]][:-1]  # without the arm
+            cell = " ".join([record["kind"], *(str(record[name]) for name in names)])
+            older.setdefault(own, set()).add(cell)
+    return " ".join(
+        f"Measured with {own}, and not again: {', '.join(sorted(cells))}."
+        for own, cells in sorted(older.items())
     )
