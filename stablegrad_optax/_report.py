@@ -30,8 +30,9 @@ from stablegrad_optax._report_measure import (
 
 PyTree = Any
 
-# The lines that the verdicts draw. They were set on the networks that
-# `python -m benchmarks.calibration` trains, whose page says how often they are wrong.
+# The lines that the verdicts draw, set on deep PINNs and kept after `python -m
+# benchmarks.calibration` trained 34 networks of six kinds: false alarms in 5 of 30 and
+# misses in 2 of 4, with the first steps as history 0 of 30 and 2 of 4.
 _UNBALANCED_RATIO = 1e3
 _LARGE_STD = 1e3
 _VANISHING_STD = 1e-12
@@ -221,9 +222,12 @@ def gradient_report(
     steps with :func:`~stablegrad_optax.stablegrad` in the optimizer and hand over its
     factors as ``history``, see the example.
 
-    **No verdict is a promise.** ``python -m benchmarks.calibration`` trains networks of
-    many kinds and counts how often the verdicts were wrong about whether a remedy
-    helps; the lines above are orders of magnitude. What does help on a network of yours
+    **No verdict is a promise.** ``python -m benchmarks.calibration`` trained 34 small
+    networks, MLPs, CNNs, transformers, recurrent nets, ensembles and PINNs, and asked
+    whether a clip or ``stablegrad``, both with b2 = 0.9, helps AdamW. The verdict of
+    the first gradient saw trouble in 5 of 30 where neither did (false alarms) and none
+    in 2 of 4 where one did (misses); with ``history``, in 0 of 30 and in 2 of 4. The
+    lines above are orders of magnitude. What does help on a network of yours
     :func:`~stablegrad_optax.compare_optimizers` finds out.
 
     Leaves with nothing but rounding in them, such as the bias of an attention's keys,
