@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import compilers, costs, hlo, programs, trees
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS
+from benchmarks.overhead.arms import ALL_ARMS, BASELINE, OURS
 
 ROWS = 1024  # whole tiles of a TPU
 ARRAY = jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32)
@@ -223,7 +223,7 @@ def test_a_tpus_bytes_are_those_that_a_program_must_move(tpu, name):
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "clip_by_history", "skip_spikes"])
 def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     tpu, name, dtype
 ):
@@ -231,7 +231,9 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     tree = trees.abstract(shapes(), jnp.dtype(dtype))
     own, base = (
         costs.count(
-            programs.lower(ARMS[arm], tree, lambda leaf: tpu.device).compile().as_text()
+            programs.lower(ALL_ARMS[arm], tree, lambda leaf: tpu.device)
+            .compile()
+            .as_text()
         )
         for arm in (name, BASELINE)
     )
@@ -242,12 +244,12 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "clip_by_history", "skip_spikes"])
 def test_on_2_by_2_tpus_a_method_needs_one_all_reduce(tpu, name, dtype):
     """Whatever the number of sharded leaves, large and small, biases among them."""
     shapes = trees.decoder(blocks=2, width=256) | trees.equal(20)
     tree = trees.abstract(shapes, jnp.dtype(dtype))
-    lowered = programs.lower(ARMS[name], tree, programs.sharded_over(tpu.mesh))
+    lowered = programs.lower(ALL_ARMS[name], tree, programs.sharded_over(tpu.mesh))
     always, branches = costs.count(lowered.compile().as_text())
     assert (always.all_reduces, branches.all_reduces) == (1, 0)
     assert always.other_collectives == branches.other_collectives == 0

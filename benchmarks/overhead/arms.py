@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from stablegrad_optax import (
+    clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
+    skip_spikes,
     stablegrad,
 )
 
@@ -61,6 +63,16 @@ ARMS: dict[str, Arm] = {
     "rms of each leaf": Arm(one_read),
     "scale_by_adam alone": Arm(optimizer=lambda rate: optax.scale_by_adam()),
 }
+# Remedies for spikes, which are compiled for other machines and not timed on this one:
+# those that enclose the optimizer have no moments to lend.
+REMEDIES: dict[str, Arm] = {
+    "clip_by_history": Arm(clip_by_history),
+    "skip_spikes": Arm(optimizer=lambda rate: skip_spikes(optax.adamw(rate))),
+    "apply_if_finite": Arm(
+        optimizer=lambda rate: optax.apply_if_finite(optax.adamw(rate), 5)
+    ),
+}
+ALL_ARMS = ARMS | REMEDIES
 OURS = ("stablegrad", "gradient_stabilizer", "gradient_autoscaled_normalization")
 # (tree, dtype) -> what is left out there: XLA:CPU was stopped after ten minutes of
 # compiling it.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.overhead import compilers, trees
-from benchmarks.overhead.arms import ARMS, BASELINE
+from benchmarks.overhead.arms import ALL_ARMS, BASELINE
 from benchmarks.overhead.suite import Key, Record
 from benchmarks.overhead.tables import Rows, lines
 
@@ -131,7 +131,7 @@ def _rows(
 ) -> Rows:
     compiled = [tree for tree in trees.TREES if any(key[2] == tree for key in records)]
     rows = [["", *map(trees.label, compiled)]]
-    for arm in ARMS:
+    for arm in ALL_ARMS:
         cells = []
         for tree in compiled:
             both = [

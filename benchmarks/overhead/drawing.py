@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib import figures
 from benchmarks.overhead import compilers, tables, trees
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS
+from benchmarks.overhead.arms import ALL_ARMS, ARMS, BASELINE, OURS, REMEDIES
 from benchmarks.overhead.suite import CROSS_COMPILED, Key, Record
 
 
@@ -68,13 +68,14 @@ def _draw_ratios(ax: Axes, records: dict[Key, Record], dtype: str) -> None:
 
 
 def style(arm: str) -> dict[str, str]:
-    """Ours are discs, other transformations squares, adamw and its part grey."""
+    """Methods are discs, remedies for spikes triangles, others squares; adamw grey."""
     grey = {"adamw again": "x", "scale_by_adam alone": "+"}
     if arm in grey:
         return {"color": "0.5", "marker": grey[arm]}
-    names = [name for name in ARMS if name != BASELINE and name not in grey]
+    names = [name for name in ALL_ARMS if name != BASELINE and name not in grey]
+    marker = "o" if arm in OURS else "^" if arm in REMEDIES else "s"
     color = figures.PALETTE[names.index(arm) % len(figures.PALETTE)]
-    return {"color": color, "marker": "o" if arm in OURS else "s"}
+    return {"color": color, "marker": marker}
 
 
 def _draw_compilation(ax: Axes, records: dict[Key, Record]) -> None:
@@ -125,8 +126,8 @@ def compiled_figure(records: dict[Key, Record]) -> Figure | None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=3)
     canvas.suptitle(
-        "filled: float32, open: bfloat16, both without branches; dotted: one more read "
-        "of the gradient",
+        "filled: float32, open: bfloat16; dotted: one more read of the gradient; what "
+        "has a conditional is in the tables alone",
         fontsize=9,
         color="0.4",
     )
@@ -148,7 +149,7 @@ def _draw_compiled(
             for place, tree in enumerate(compiled):
                 own = records.get(("compiled", target, tree, dtype, arm), {})
                 base = records.get(("compiled", target, tree, dtype, BASELINE), {})
-                if name in own and name in base:
+                if name in own and name in base and not own["conditionals"]:
                     side = 0.05 if dtype == "bfloat16" else -0.05
                     places.append(place + 0.7 * (index / (len(names) - 1) - 0.5) + side)
                     values.append(own[name] / base[name])

@@ -25,7 +25,7 @@ from benchmarks.overhead import (
     timing,
     trees,
 )
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS
+from benchmarks.overhead.arms import ALL_ARMS, ARMS, BASELINE, OURS, REMEDIES
 
 Record = dict[str, Any]
 Key = tuple[str | int, ...]
@@ -41,7 +41,7 @@ NAMES = {
     "compiled": ("target", "tree", "dtype", "arm"),
 }
 COMPILED = (BASELINE, *OURS, "clip_by_global_norm")
-CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip")
+CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip", *REMEDIES)
 
 
 def key_of(record: Record) -> Key:
@@ -174,7 +174,7 @@ class Suite:
             self._say(f"{title}, {dtype}, for a {target.upper()}: {record['arm']}")
             abstract = trees.abstract(shapes_of(), jnp.dtype(dtype))
             numbers = compiled.measure(
-                compilers.load(target), ARMS[record["arm"]], abstract
+                compilers.load(target), ALL_ARMS[record["arm"]], abstract
             )
             found += self._add([record | numbers])
         return found
