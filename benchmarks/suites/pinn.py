@@ -208,7 +208,7 @@ PRESETS = {
     "behind": Preset(
         _groups("behind", _DEEP, BEHIND),
         _WITH_MARGIN,
-        "3 hours on 2 idle cores",
+        "10 hours on 2 idle cores",
         "Muon and AdamW behind each scale control, depth 32 and 50",
         workers=2,
     ),
