@@ -232,7 +232,7 @@ CALLS = {
     # scale_factors.
     "no state of ours": (
         lambda: scale_factors(optax.adam(1e-3).init(GRADS), GRADS),
-        "opt_state holds no state of stablegrad, gradient_stabilizer or",
+        "opt_state holds no state of stablegrad, gradient_stabilizer, gradient_auto",
     ),
     "params of another model": (
         lambda: scale_factors(STATE, kernels("f")),

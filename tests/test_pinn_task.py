@@ -106,7 +106,9 @@ def test_runs_side_by_side_are_those_of_one_alone():
     """Two programs for one training: their rounding differs, little else may."""
     two = [Run(SETTINGS, 1e-3, seed, "reported", detailed=seed == 4) for seed in (3, 4)]
     ticks = []
-    records = train_batch(pinn.training, pinn.keep, two, lambda: ticks.append(None))
+    records = train_batch(
+        pinn.training, pinn.SUITE.keep, two, lambda: ticks.append(None)
+    )
     arm, problem = SETTINGS["arm"], PROBLEMS["poisson"]()
     for run, record in zip(two, records, strict=True):
         training = Training(
@@ -136,10 +138,10 @@ def test_initial_weights_and_rates_may_be_mixed_in_a_batch():
         Run({**SETTINGS, "init": init}, rate, 3, "tuning")
         for init, rate in (("uniform", 1e-3), ("glorot", 3e-3))
     ]
-    together = train_batch(pinn.training, pinn.keep, both, lambda: None)
+    together = train_batch(pinn.training, pinn.SUITE.keep, both, lambda: None)
     for run, record in zip(both, together, strict=True):
         # Of the same shape, so that nothing is compiled anew.
-        alone, _ = train_batch(pinn.training, pinn.keep, [run, run], lambda: None)
+        alone, _ = train_batch(pinn.training, pinn.SUITE.keep, [run, run], lambda: None)
         assert record["error"] == pytest.approx(alone["error"], rel=1e-5)
         assert "curve" not in record
 

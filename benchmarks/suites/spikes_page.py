@@ -95,9 +95,25 @@ def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
             continue
         calm = table.get((*cell[:place], "none", *cell[place + 1 :]), {})
         for arm in (arm for arm in arms if arm in calm):
-            later = _losses(arms[arm], spike) - _losses(calm[arm], spike)
-            excess.setdefault(cell, {})[arm] = later
+            with_spike, without = _of_equal_seeds(arms[arm], calm[arm])
+            if with_spike.records:
+                later = _losses(with_spike, spike) - _losses(without, spike)
+                excess.setdefault(cell, {})[arm] = later
     return dict(sorted(excess.items(), key=_hardness))
+
+
+def _of_equal_seeds(one: Score, other: Score) -> tuple[Score, Score]:
+    """Both without the seeds that the other has not: of a grid that is not finished."""
+
+    def seeds(score: Score) -> set[int]:
+        return {record["seed"] for record in score.records}
+
+    shared = seeds(one) & seeds(other)
+    first, second = (
+        Score(tuple(r for r in score.records if r["seed"] in shared))
+        for score in (one, other)
+    )
+    return first, second
 
 
 def _losses(score: Score, spike: int) -> np.ndarray:
@@ -219,8 +235,10 @@ def _alarm_tables(table: Scores) -> str:
             continue
         columns = {
             "last loss less that of none": {
-                arm: f"{np.median(_last(score) - _last(plain)):.3f}"
+                arm: f"{np.median(_last(own) - _last(calm)):.3f}"
                 for arm, score in arms.items()
+                for own, calm in [_of_equal_seeds(score, plain)]
+                if own.records
             },
             "updates skipped": {
                 arm: ", ".join(map(str, _skipped(arms[arm]))) for arm in skips
