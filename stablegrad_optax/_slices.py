@@ -80,11 +80,35 @@ def means(
 
 
 def read(vector: jax.Array, leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """The entries of a vector of slices that belong to each leaf, f[stack] each."""
-    ends = np.cumsum([leaf.num_slices for leaf in leaves])
+    """The entries of a vector of slices that belong to each leaf, f[stack] each.
+
+    XLA for a CPU fuses a slice at a constant into whatever uses it, and then compiles a
+    kernel for every leaf. What comes out of a conditional is no constant to it, and one
+    kernel serves all leaves of a shape.
+    """
+    if not leaves:
+        return []
+    sizes = [leaf.num_slices for leaf in leaves]
+    first = np.cumsum([0, *sizes[:-1]])
+
+    def at_constants(vector: jax.Array) -> list[jax.Array]:
+        return [
+            lax.slice(vector, (i,), (i + n,)) for i, n in zip(first, sizes, strict=True)
+        ]
+
+    def at_variables(vector: jax.Array) -> list[jax.Array]:
+        def starts() -> list[jax.Array]:
+            return [jnp.asarray(start, jnp.uint32) for start in first]
+
+        found = lax.cond(vector.any(), starts, starts)
+        return [
+            lax.dynamic_slice(vector, (i,), (n,))
+            for i, n in zip(found, sizes, strict=True)
+        ]
+
+    entries = lax.platform_dependent(vector, cpu=at_variables, default=at_constants)
     return [
-        lax.slice(vector, (end - leaf.num_slices,), (end,)).reshape(leaf.stack)
-        for end, leaf in zip(ends.tolist(), leaves, strict=True)
+        entry.reshape(leaf.stack) for entry, leaf in zip(entries, leaves, strict=True)
     ]
 
 
