@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablegrad_optax import _leaves, _statistics
+from stablegrad_optax import _leaves, _statistics, stablegrad
 
 # dtype: exponents of ten that the std may have without leaving the dtype's range.
 RANGES = {
@@ -204,6 +205,16 @@ def test_a_cpu_takes_two_sums_and_the_others_on_one_condition():
     assert len(re.findall(r" conditional\(", entry)) == 1
     # Of the leaf; the last is the condition, over the slices.
     assert len(re.findall(r" reduce\(", text)) == 2 + 3
+
+
+def test_on_a_cpu_no_kernel_of_a_leaf_knows_its_place_in_the_vector():
+    """Or XLA compiles one for every leaf: seven times adamw's time at 100 leaves."""
+    grads = [jnp.ones((100, 100))] * 3
+    tx = optax.chain(stablegrad(), optax.sgd(0.1))
+    text = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
+    of_leaves = [part for part in text.split("\n\n") if "f32[100,100]" in part]
+    assert not any(re.search(r" slice\(", part) for part in of_leaves)
+    assert text.count(" dynamic-slice(") >= len(grads)
 
 
 @pytest.mark.parametrize("which", ["spreads", "norms"])

@@ -60,24 +60,18 @@ def page(records: Sequence[Record]) -> str:
 
 def first_verdict(record: Record) -> str:
     """Of the first gradient."""
-    return judge(
-        max_std=record["max_std"],
-        std_ratio=_number(record["std_ratio"]),
-        below_adam_eps=record["below_adam_eps"],
-        zero=record["zero"],
-        num_dead=record["num_dead"],
-    )
+    return _verdict(record, "std_ratio")
 
 
 def late_verdict(record: Record) -> str:
     """With the first steps."""
+    return _verdict(record, "late_ratio", drift=_number(record["drift"]))
+
+
+def _verdict(record: Record, ratio: str, **late: float) -> str:
+    alike = ("max_std", "below_adam_eps", "zero", "num_dead")
     return judge(
-        max_std=record["max_std"],
-        std_ratio=_number(record["late_ratio"]),
-        below_adam_eps=record["below_adam_eps"],
-        zero=record["zero"],
-        num_dead=record["num_dead"],
-        drift=_number(record["drift"]),
+        std_ratio=_number(record[ratio]), **{key: record[key] for key in alike}, **late
     )
 
 
