@@ -9,8 +9,8 @@ directions are written for what the compilers make of them:
   of them. For a CPU it makes a loop of each, and would write out what they share: there
   they are kept ``apart``.
 * A GPU joins the kernels of all leaves that read their factors from one vector, and the
-  optimizer's behind them. A CPU compiles one kernel for all leaves of a shape, as long as
-  none knows its place in the vector.
+  optimizer's behind them. A CPU compiles one kernel for all leaves of a shape, as
+  long as none knows its place in the vector.
 """
 
 from collections.abc import Callable, Iterable, Sequence
