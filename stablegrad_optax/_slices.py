@@ -29,7 +29,7 @@ from stablegrad_optax._numerics import scale, sum_dtype
 STACKED_SIZE, STACKED_LEAVES = 4096, 32
 
 Indices = npt.NDArray[np.int64]
-Function = Callable[[jax.Array], jax.Array]
+Function = Callable[..., jax.Array]
 
 
 def places(leaves: Sequence[Leaf]) -> list[Indices]:
@@ -43,22 +43,32 @@ def means(
     arrays: Sequence[jax.Array],
     leaves: Sequence[Leaf],
     *,
+    factors: jax.Array | None = None,
     apart: bool = False,
 ) -> list[jax.Array]:
     """The mean over each slice of functions of its entries, f[slices] for each.
 
     Args:
-      functions: Elementwise, of an array in the precision of the statistics.
+      functions: Elementwise, of an array in the precision of the statistics and, where
+        there are ``factors``, of its own, f[stack].
       arrays: The leaves, at least one.
       leaves: What is static about them.
+      factors: f[slices].
       apart: Whether every sum reads the leaves by itself.
     """
     blocks = _blocks(arrays, leaves)
     stacks = [_stack([arrays[n] for n in block]) for block in blocks]
     axes = [leaves[block[0]].num_stacked or int(len(block) > 1) for block in blocks]
     of_leaves = places(leaves)
-    found = np.concatenate([of_leaves[n] for block in blocks for n in block])
+    of_blocks = [np.concatenate([of_leaves[n] for n in block]) for block in blocks]
+    found = np.concatenate(of_blocks)
     in_order = (found[1:] > found[:-1]).all()
+    others: list[Any] = [()] * len(blocks)
+    if factors is not None:
+        others = [
+            (factors[of_block].reshape(stack.shape[:axis]),)
+            for of_block, stack, axis in zip(of_blocks, stacks, axes, strict=True)
+        ]
     sizes = np.concatenate(
         [np.full(leaf.num_slices, max(leaf.slice_size, 1)) for leaf in leaves]
     )
@@ -69,7 +79,9 @@ def means(
         return (total if in_order else total[np.argsort(found)]) / sizes.astype(dtype)
 
     def of(functions: Sequence[Function], stacks: list[jax.Array]) -> list[jax.Array]:
-        sums = [_sums(functions, *stack) for stack in zip(stacks, axes, strict=True)]
+        sums = [
+            _sums(functions, *each) for each in zip(stacks, others, axes, strict=True)
+        ]
         return [mean(of_function) for of_function in zip(*sums, strict=True)]
 
     if not apart:
@@ -163,6 +175,7 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
 def _sums(
     functions: Sequence[Function],
     array: jax.Array,
+    others: Sequence[jax.Array],
     num_stacked: int,
 ) -> list[jax.Array]:
     """Sums over each slice in wide precision, f[slices of the leaf] each.
@@ -171,7 +184,7 @@ def _sums(
     kernel too.
     """
     wide = array.astype(sum_dtype(array.dtype))
-    values = [function(wide) for function in functions]
+    values = [function(wide, *others) for function in functions]
     axes = tuple(range(num_stacked, array.ndim))
     if len(values) == 1:
         totals = [jnp.sum(values[0], axes)]

@@ -4,7 +4,8 @@ All of them come from the means of g and g^2 over each slice. Where squares leav
 range of float32 (float64), the same means in units of two other powers of two take
 their place: between the three nothing over- or underflows. On accelerators all of these
 sums are taken in one read of the gradient, and scalars choose among them. XLA for a CPU
-makes a loop of each sum: there a conditional on one scalar takes those that are needed.
+makes a loop of each sum: there a conditional on one scalar takes them again, of leaves
+in the units that the first ones call for.
 """
 
 from collections.abc import Callable, Sequence
@@ -160,25 +161,25 @@ def _moments(
     arrays: list[jax.Array], leaves: tuple[Leaf, ...], with_mean: bool
 ) -> Moments:
     plain = [_square, _itself][: 1 + with_mean]
-    others = [_square_up, _square_down, _halfway_down][: 2 + with_mean]
 
     def side_by_side(arrays: list[jax.Array]) -> Moments:
+        others = [_square_up, _square_down, _halfway_down][: 2 + with_mean]
         means = _slices.means([*plain, *others], arrays, leaves)
         return _choose(leaves, means[: len(plain)], means[len(plain) :])
 
     def in_turn(arrays: list[jax.Array]) -> Moments:
         means = _slices.means(plain, arrays, leaves, apart=True)
-        small, large = _out_of_range(leaves, means[0])
+        unit = _unit(leaves, means[0])
 
-        def choose() -> Moments:
-            more = _slices.means(others, arrays, leaves, apart=True)
-            return _choose(leaves, means, more)
+        def again() -> list[jax.Array]:
+            functions = [_square_in_units, _twice_in_units][: 1 + with_mean]
+            found = _slices.means(
+                functions, arrays, leaves, factors=1 / unit, apart=True
+            )
+            return [found[0], *(mean / 2 for mean in found[1:])]
 
-        def keep() -> Moments:
-            mean = means[1] if with_mean else None
-            return Moments(means[0], mean, jnp.ones_like(means[0]))
-
-        return lax.cond((small | large).any(), choose, keep)
+        means = lax.cond((unit != 1).any(), again, lambda: means)
+        return Moments(means[0], means[1] if with_mean else None, unit)
 
     return lax.platform_dependent(arrays, cpu=in_turn, default=side_by_side)
 
@@ -212,34 +213,27 @@ def _moments_jvp(
 _compiled = jax.jit(_moments, static_argnums=(1, 2))
 
 
-def _out_of_range(
-    leaves: Sequence[Leaf], mean_square: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Where squares are too small, and where too large or no numbers."""
-    lowest = per_slice(
-        leaves, lambda leaf: _range(leaf.dtype).lowest, mean_square.dtype
-    )
-    return mean_square < lowest, ~jnp.isfinite(mean_square)
+def _unit(leaves: Sequence[Leaf], mean_square: jax.Array) -> jax.Array:
+    """The power of two in which the squares of each slice are in range: mostly 1."""
+    ranges = np.array([_range(leaf.dtype) for leaf in leaves])
+    counts = [leaf.num_slices for leaf in leaves]
+    lowest, up, down = np.repeat(ranges, counts, 0).astype(mean_square.dtype).T
+    too_large = ~jnp.isfinite(mean_square)
+    return jnp.where(mean_square < lowest, 1 / up, jnp.where(too_large, 1 / down, 1.0))
 
 
 def _choose(
     leaves: Sequence[Leaf], plain: list[jax.Array], others: list[jax.Array]
 ) -> Moments:
     """Of the means in three units those in which each slice is in range."""
-    dtype = plain[0].dtype
-    small, large = _out_of_range(leaves, plain[0])
-    up = per_slice(leaves, lambda leaf: _range(leaf.dtype).up, dtype)
-    down = per_slice(leaves, lambda leaf: _range(leaf.dtype).down, dtype)
-
-    def pick(up: Any, plain: Any, down: Any) -> jax.Array:
-        return jnp.where(small, up, jnp.where(large, down, plain))
-
-    mean_square, unit = pick(others[0], plain[0], others[1]), pick(1 / up, 1, 1 / down)
+    unit = _unit(leaves, plain[0])
+    mean_square = jnp.where(unit < 1, others[0], plain[0])
+    mean_square = jnp.where(unit > 1, others[1], mean_square)
     if len(plain) == 1:
         return Moments(mean_square, None, unit)
-    mean, halfway = plain[1], others[2]
-    up, down = up.astype(mean.dtype), down.astype(mean.dtype)
-    return Moments(mean_square, pick(mean * up, mean, halfway * down**0.5), unit)
+    factor = (1 / unit).astype(plain[1].dtype)
+    mean = jnp.where(unit > 1, others[2] * factor**0.5, plain[1] * factor)
+    return Moments(mean_square, mean, unit)
 
 
 def _range(dtype: Any) -> _Range:
@@ -254,8 +248,13 @@ def _square(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-# Below, no two functions share a constant: XLA:CPU would write it out, as large as the
-# leaf, for both of their loops.
+def _square_in_units(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return _square(scale(x, factor))
+
+
+def _twice_in_units(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """A factor of its own: XLA:CPU would write out what two loops share."""
+    return scale(x, 2 * factor)
 
 
 def _halfway_down(x: jax.Array) -> jax.Array:

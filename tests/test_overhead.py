@@ -34,8 +34,9 @@ def gradient_bytes(tree):
 
 @pytest.mark.parametrize("name", OURS)
 def test_float32_needs_no_memory_of_the_gradients_size(name):
-    """A careful path, of which the memory is a part, included."""
-    tree = large("float32")
+    """Another pass included, and what leaves of one shape could share."""
+    twice = {f"{layer}_{i}": SHAPES[layer] for layer in SHAPES for i in range(2)}
+    tree = trees.abstract(twice, jnp.dtype("float32"))
     needed, base = (
         programs.temporary_bytes(programs.compile_step(arm, tree))
         for arm in (ARMS[name], ARMS[BASELINE])

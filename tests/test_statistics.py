@@ -198,13 +198,12 @@ def test_an_accelerator_reads_once_and_nothing_keeps_sums_apart(platform):
     assert "optimization_barrier" not in text
 
 
-def test_a_cpu_takes_two_sums_and_the_others_on_one_condition():
+def test_a_cpu_takes_two_sums_and_on_one_condition_two_more():
     text = lowered("cpu", (100, 100)).compile().as_text()
     entry = text[text.index("\nENTRY") :]
     assert len(re.findall(r" conditional\(", text)) == 1
     assert len(re.findall(r" conditional\(", entry)) == 1
-    # Of the leaf; the last is the condition, over the slices.
-    assert len(re.findall(r" reduce\(", text)) == 2 + 3
+    assert len(re.findall(r" reduce\(", text)) == 2 + 2
 
 
 def test_on_a_cpu_no_kernel_of_a_leaf_knows_its_place_in_the_vector():
