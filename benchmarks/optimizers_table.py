@@ -46,9 +46,10 @@ HEAD = """# Every optimizer of Optax behind each method
 `python -m benchmarks.optimizers_table` makes this page: the error on fresh points
 beside that of predicting zero, median of four seeds at the best of four rates ({rates})
 that one further seed chose, {steps} steps with a cosine. "failed": half of the seeds
-were not finite or no better than predicting zero. In **bold** what is more than twice
-the error of the plain optimizer. It is one small problem, a perceptron of one hidden
-layer: it says which combinations break, not which are best.
+were not finite or no better than predicting zero. An exception's name: it was raised,
+plain or not (sophia asks `update` for the loss function). In **bold** what is more than
+twice the error of the plain optimizer. It is one small problem, a perceptron of one
+hidden layer: it says which combinations break, not which are best.
 
 {provenance}
 

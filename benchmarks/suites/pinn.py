@@ -47,7 +47,7 @@ ARMS = (
     *pairs(["none", "clip 1", "StableGrad"], ["momentum"]),
 )
 # The optimizer behind: Muon with and without a scale control, and the best of AdamW's.
-# What differs most comes first, as below for the cells.
+# What differs most comes first, as below for the cells: the first five in all of them.
 BEHIND = (
     *pairs(
         [
@@ -206,7 +206,10 @@ PRESETS = {
         workers=2,
     ),
     "behind": Preset(
-        _groups("behind", _DEEP, BEHIND),
+        sorted(
+            _groups("behind", _DEEP, BEHIND),
+            key=lambda group: group[0].settings["arm"] not in BEHIND[:5],
+        ),
         _WITH_MARGIN,
         "10 hours on 2 idle cores",
         "Muon and AdamW behind each scale control, depth 32 and 50",
