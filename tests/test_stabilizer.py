@@ -301,6 +301,21 @@ def test_float16_factors_beyond_its_range():
     np.testing.assert_allclose(updates, 0.05, rtol=1e-3)
 
 
+def test_without_memory_it_is_the_unit_norm_of_each_leaf():
+    """At every step, however small or large the gradient."""
+    tx = gradient_stabilizer(0.0, 0.0, eps=0.0)
+    rng = np.random.default_rng(0)
+    grads = {"w": rng.normal(size=(5, 7)), "b": 1e5 * rng.normal(size=7)}
+    state = tx.init(jax.tree.map(jnp.asarray, grads))
+    for size in (1e-30, 1.0, 1e25):
+        given = jax.tree.map(lambda g, size=size: jnp.float32(size * g), grads)
+        updates, state = tx.update(given, state)
+        for name, g in grads.items():
+            expected = g / np.linalg.norm(g)
+            # of the largest entry: some roundings of float32
+            np.testing.assert_allclose(updates[name], expected, rtol=0, atol=1e-6)
+
+
 def test_gamma2_of_0_forgets_at_once():
     rho = run([1.0, 1e25, 1.0, 1e-5], gamma1=0.0, gamma2=0.0)
     np.testing.assert_allclose(rho, 1, rtol=1e-5)
