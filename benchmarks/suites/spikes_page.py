@@ -1,6 +1,6 @@
 """Tables and figures of the grids with spikes, from the file of their runs alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from benchmarks.lib.pages import Page
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.summary import Cell, Score, Scores
 from benchmarks.lib.tables import arms_table, error_table, median_entry
-from benchmarks.suites.spikes import TREATMENTS
+from benchmarks.suites.spikes import AFTER, TREATMENTS
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.sequences.models import NUMBERS
 
@@ -31,7 +31,6 @@ CELL = (
     "steps",
     "rate",
 )
-LATER = (1, 50, 500)  # updates from the spike's on, itself the first
 SCORES = {
     "lm": "bits per byte over those of the bytes' frequencies",
     "forecast": "RMSE over that of the window's mean",
@@ -41,6 +40,13 @@ SCORES = {
 
 def _named(cell: Cell) -> dict[str, str | int]:
     return dict(zip(CELL, cell, strict=True))
+
+
+def _times(cell: Cell) -> tuple[int, int, int]:
+    """When a spike's cost is shown: updates from its own on, which is the first."""
+    of_cell = _named(cell)
+    left = int(of_cell["steps"]) - int(of_cell["spike"]) + 1
+    return 1, 50, max(after for after in AFTER if after <= left)
 
 
 def _sweeps(table: Scores) -> dict[Cell, dict[str, dict[str, Score]]]:
@@ -83,7 +89,7 @@ def _hardness(item: tuple[Cell, object]) -> tuple:
 def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
     """What a spike costs: cell -> arm -> clean loss less that of the run without it.
 
-    f[seeds, LATER]: pairs of equal seeds, alike up to the spike's update; infinite
+    f[seeds, times]: pairs of equal seeds, alike up to the spike's update; infinite
     where the loss is not a number, not a number where a run had ended. Cells whose run
     without a spike is missing are left out.
     """
@@ -97,7 +103,8 @@ def _excess(table: Scores) -> dict[Cell, dict[str, np.ndarray]]:
         for arm in (arm for arm in arms if arm in calm):
             with_spike, without = _of_equal_seeds(arms[arm], calm[arm])
             if with_spike.records:
-                later = _losses(with_spike, spike) - _losses(without, spike)
+                times = [spike - 1 + after for after in _times(cell)]
+                later = _losses(with_spike, times) - _losses(without, times)
                 excess.setdefault(cell, {})[arm] = later
     return dict(sorted(excess.items(), key=_hardness))
 
@@ -116,12 +123,12 @@ def _of_equal_seeds(one: Score, other: Score) -> tuple[Score, Score]:
     return first, second
 
 
-def _losses(score: Score, spike: int) -> np.ndarray:
-    """Clean losses after a spike f[seeds, LATER], in the order of the seeds."""
+def _losses(score: Score, times: Sequence[int]) -> np.ndarray:
+    """Clean losses after these updates f[seeds, times], in the order of the seeds."""
     rows = []
     for losses in np.nan_to_num(score.curve("loss"), nan=np.inf):
         at = dict(zip(score.steps, losses, strict=True))
-        rows.append([at.get(spike - 1 + after, np.nan) for after in LATER])
+        rows.append([at.get(time, np.nan) for time in times])
     return np.array(rows)
 
 
@@ -199,13 +206,15 @@ def _excess_tables(table: Scores) -> str:
             }
             for cell, arms in cells.items()
         }
-        of_cell = _named(next(iter(cells)))
+        cell = next(iter(cells))
+        of_cell = _named(cell)
+        _, soon, late = _times(cell)
         parts.append(
             f"### {task}, {optimizer}, a spike: update {of_cell['spike']} of "
             f"{of_cell['steps']}, or that and nine more\n\nRate {of_cell['rate']}. "
             "Clean loss (nats) less that of the same run without the spike, right "
             "after its first update / "
-            f"{LATER[1] - 1} / {LATER[2] - 1} updates later, median over seeds (runs "
+            f"{soon - 1} / {late - 1} updates later, median over seeds (runs "
             "failed at the end):\n\n" + arms_table(columns, _excess_entry, TREATMENTS)
         )
     return "\n".join(parts)
@@ -356,7 +365,7 @@ def _recovery_figure(table: Scores) -> Figure | None:
     ceiling = 30.0  # losses that are not a number are drawn there
     for ax, (cell, column) in zip(axes, excess.items(), strict=True):
         for arm, values in column.items():
-            for index, after in enumerate(LATER):
+            for index, after in enumerate(_times(cell)):
                 height = arms.index(arm) + 0.22 * (index - 1)
                 ax.plot(
                     np.minimum(values[:, index], ceiling),
