@@ -1,8 +1,8 @@
-"""A deep network learns a differential equation: with AdamW alone it fails.
+"""A deep network learns a differential equation: with Muon alone it fails.
 
 Trains one physics-informed network four times side by side, from the same initial
-weights and on the same points: AdamW, AdamW with b2=0.9, clipping, and StableGrad.
-Prints the errors against the exact solution and saves a figure.
+weights and on the same points: AdamW with b2=0.9, Muon, a clip before Muon, and
+StableGrad before Muon. Prints the errors against the exact solution and saves a figure.
 """
 
 import sys
@@ -58,9 +58,9 @@ from benchmarks.tasks.pinn.task import (
 )
 
 PROG = "python -m benchmarks.demo"
-SHOWN = "StableGrad | AdamW"  # whose gradients and solution the figure shows
-ARMS = ("none | AdamW", "none | AdamW b2=0.9", "clip 1 | AdamW", SHOWN)
-DEPTH = {"poisson": 32, "burgers": 16}
+SHOWN = "StableGrad | Muon"  # whose gradients and solution the figure shows
+ARMS = ("none | AdamW b2=0.9", "none | Muon", "clip 1 | Muon", SHOWN)
+DEPTH = {"poisson": 50, "burgers": 16}
 STEPS = {"poisson": 1500, "burgers": 3000}
 AGREEMENT = 1e-3  # the scores against Cole-Hopf and against a file
 
@@ -76,15 +76,17 @@ class Options:
     """A MATLAB file with x, t and usol to score Burgers against as well."""
 
     depth: int | None = None
-    """Number of hidden layers, at least 1; by default 32 for poisson, 16 for
+    """Number of hidden layers, at least 1; by default 50 for poisson, 16 for
     burgers."""
 
     width: int = 32
     """Units in each hidden layer, at least 1."""
 
-    gain: float = 5 / 3
-    """Standard deviation of the initial weights times sqrt(fan-in), above 0. At depth
-    32, 5/3 makes gradients explode; 1 is a healthy start; 0.3 makes them vanish."""
+    gain: float | None = None
+    """Standard deviation of normal initial weights times sqrt(fan-in), above 0: 5/3
+    makes gradients explode, 1 is a healthy start, 0.3 makes them vanish. By default the
+    weights are those of Equinox and PyTorch, uniform within 1 / sqrt(fan-in), from
+    which they vanish too."""
 
     steps: int | None = None
     """Number of updates, at least 1; by default 1500 for poisson, 3000 for burgers."""
@@ -92,7 +94,7 @@ class Options:
     seed: int = 0
     """Of the initial weights and of the points, 0 to 2**32 - 1."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """At the first step, above 0; it falls to 0 along a half cosine."""
 
     output: Path | None = None
@@ -144,7 +146,7 @@ def check(options: Options) -> ReferenceFile | None:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     for name in ("gain", "learning_rate"):
         value = getattr(options, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be a finite number above 0, got {value}")
     if not 0 <= options.seed < 2**32:
@@ -185,10 +187,12 @@ def run(
     problem = PROBLEMS[options.problem]()
     depth = options.depth or DEPTH[options.problem]
     steps = options.steps or STEPS[options.problem]
-    network = Network(depth, options.width, gain=options.gain)
+    network = Network(depth, options.width, initializer="uniform")
+    if options.gain is not None:
+        network = Network(depth, options.width, gain=options.gain)
     console.print(
         f"{problem.equation}: depth {depth}, width {options.width}, tanh, "
-        f"gain {options.gain:.3g}, {steps} steps, seed {options.seed}",
+        f"{_start(options)}, {steps} steps, seed {options.seed}",
         highlight=False,
     )
     trainings = {
@@ -211,6 +215,12 @@ def run(
         f"Figure: {path}   ({time.perf_counter() - begin:.0f} s)", highlight=False
     )
     return rows
+
+
+def _start(options: Options) -> str:
+    if options.gain is None:
+        return "Equinox's default weights"
+    return f"weights of gain {options.gain:.3g}"
 
 
 def _train_with_progress(
@@ -364,7 +374,7 @@ def _figure(
     figure.suptitle(f"{problem.name.capitalize()}: {problem.equation}", fontsize=13)
     figure.supxlabel(
         f"{network.depth} hidden layers of {network.width} {network.activation} units, "
-        f"gain {network.gain:.3g}, learning rate {options.learning_rate:g} (cosine to "
+        f"{_start(options)}, learning rate {options.learning_rate:g} (cosine to "
         f"0), seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one "
         f"colour scale.\n{provenance()}",
         fontsize=9,
