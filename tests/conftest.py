@@ -6,6 +6,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_runtest_setup(item):
+    """Older versions compute the same at a higher cost: bounds on it are skipped."""
+    if item.get_closest_marker("recent_xla") and jax.__version_info__ < (0, 10):
+        pytest.skip(f"XLA of jax {jax.__version__} fuses less on a CPU than 0.10's")
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Skip most of XLA's optimizations.

@@ -32,6 +32,7 @@ def gradient_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.recent_xla
 @pytest.mark.parametrize("name", OURS)
 def test_float32_needs_no_memory_of_the_gradients_size(name):
     """Another pass included, and what leaves of one shape could share."""
@@ -44,6 +45,7 @@ def test_float32_needs_no_memory_of_the_gradients_size(name):
     assert needed - base < gradient_bytes(tree) / 100
 
 
+@pytest.mark.recent_xla
 @pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
 def test_bfloat16_needs_what_any_scaling_needs(name):
     """XLA on CPUs writes every bfloat16 leaf that two loops read, scale(0.5)'s too."""
@@ -56,6 +58,7 @@ def test_bfloat16_needs_what_any_scaling_needs(name):
     assert needed - base < gradient_bytes(tree) / 100
 
 
+@pytest.mark.recent_xla
 @pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
 def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
     """Two moments and the parameters, in the entry and in every branch."""
@@ -73,6 +76,7 @@ def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
     assert written(ARMS[name]) == written(ARMS[BASELINE]) == 3
 
 
+@pytest.mark.recent_xla
 @pytest.mark.parametrize("name", OURS)
 def test_a_large_leaf_adds_its_sums_and_a_small_one_no_kernel(name):
     """All arithmetic between is on vectors; small leaves are summed together."""

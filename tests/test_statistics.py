@@ -206,6 +206,7 @@ def test_a_cpu_takes_two_sums_and_on_one_condition_two_more():
     assert len(re.findall(r" reduce\(", text)) == 2 + 2
 
 
+@pytest.mark.recent_xla
 def test_on_a_cpu_no_kernel_of_a_leaf_knows_its_place_in_the_vector():
     """Or XLA compiles one for every leaf: seven times adamw's time at 100 leaves."""
     grads = [jnp.ones((100, 100))] * 3
