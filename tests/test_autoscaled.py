@@ -328,6 +328,7 @@ def test_works_with_map_params_and_extra_arguments():
     tx.update(params, tx.init(params), params, value=1.0)
 
 
+@pytest.mark.recent_xla
 def test_nothing_of_gradient_size_is_written_beside_the_result():
     grads = jnp.ones((512, 512))
     tx = optax.chain(gradient_autoscaled_normalization(), optax.sgd(0.1))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from benchmarks.lib.soap import soap
 
@@ -137,8 +137,15 @@ def _equations(jaxpr, enters):
     for equation in jaxpr.eqns:
         yield equation
         if enters(equation):
-            for inner in jaxprs_in_params(equation.params):
-                yield from _equations(inner, enters)
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=_is_jaxpr
+            ):
+                if _is_jaxpr(inner):
+                    yield from _equations(getattr(inner, "jaxpr", inner), enters)
+
+
+def _is_jaxpr(value):
+    return isinstance(value, ClosedJaxpr | Jaxpr)
 
 
 def test_zero_gradients_are_no_step():
