@@ -287,6 +287,10 @@ def test_nnx_optimizer():
 @each_method
 def test_nnx_optimizer_with_sharding_metadata(case, axis_type):
     """Parameters that carry partition names, on a mesh of two by four devices."""
+    if axis_type == AxisType.Explicit and jax.__version_info__ < (0, 10):
+        pytest.skip(
+            "an older Flax constrains, and jax 0.8 asserts that nothing changes"
+        )
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     init = nnx.initializers.lecun_normal()
     tx = optax.chain(case.tx, optax.sgd(0.1))
