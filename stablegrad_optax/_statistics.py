@@ -139,11 +139,11 @@ def together(norms: jax.Array) -> jax.Array:
 
 
 def per_slice(
-    leaves: Sequence[Leaf], value: Callable[[Leaf], float], dtype: Any
+    leaves: Sequence[Leaf], value: Callable[[Leaf], npt.ArrayLike], dtype: Any
 ) -> npt.NDArray[Any]:
-    """A number of each leaf, for each of its slices, [slices]."""
+    """A number of each leaf, or some, for each of its slices, [slices, ...]."""
     counts = [leaf.num_slices for leaf in leaves]
-    return np.repeat([value(leaf) for leaf in leaves], counts).astype(dtype)
+    return np.repeat([value(leaf) for leaf in leaves], counts, 0).astype(dtype)
 
 
 def moments(
@@ -215,9 +215,8 @@ _compiled = jax.jit(_moments, static_argnums=(1, 2))
 
 def _unit(leaves: Sequence[Leaf], mean_square: jax.Array) -> jax.Array:
     """The power of two in which the squares of each slice are in range: mostly 1."""
-    ranges = np.array([_range(leaf.dtype) for leaf in leaves])
-    counts = [leaf.num_slices for leaf in leaves]
-    lowest, up, down = np.repeat(ranges, counts, 0).astype(mean_square.dtype).T
+    ranges = per_slice(leaves, lambda leaf: _range(leaf.dtype), mean_square.dtype)
+    lowest, up, down = ranges.T
     too_large = ~jnp.isfinite(mean_square)
     return jnp.where(mean_square < lowest, 1 / up, jnp.where(too_large, 1 / down, 1.0))
 
