@@ -1,6 +1,7 @@
 """Figures that the benchmarks share, and the words that say where they come from."""
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -240,7 +241,8 @@ def save_all(
     for name, figure in drawn:
         if figure is None:
             continue
-        figure.supxlabel(footer, fontsize=7, color="0.3")
+        wrapped = textwrap.fill(footer, int(17 * figure.get_figwidth()))
+        figure.supxlabel(wrapped, fontsize=7, color="0.3")
         paths.append(folder / f"{stem}_{name}.png")
         save(figure, paths[-1])
     return paths
