@@ -87,6 +87,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "Muon": Optimizer(_muon, _MUON_RATES),
     "Muon b2=0.9": Optimizer(partial(_muon, adam_b2=0.9), _MUON_RATES),
+    "Muon warm-up": Optimizer(_muon, _MUON_RATES, warm_up=True),
     "Muon eps=1e-30": Optimizer(partial(_muon, eps=1e-30), _MUON_RATES),
     "SOAP": Optimizer(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
@@ -94,6 +95,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 TREATMENTS: dict[str, Callable[[], Transformation]] = {
     "none": optax.identity,
     "value clip 0.1": partial(optax.clip, 0.1),
+    "clip 0.5": partial(optax.clip_by_global_norm, 0.5),  # what PPO is trained with
     "clip 1": partial(optax.clip_by_global_norm, 1.0),
     "AGC 0.01": partial(optax.adaptive_grad_clip, 0.01),
     "ZClip": treatments.zclip,

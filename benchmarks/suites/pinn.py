@@ -26,6 +26,7 @@ from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 INITS: dict[str, dict[str, str | float]] = {
     "normal 0.3": {"initializer": "normal", "gain": 0.3},
     "normal 1": {"initializer": "normal", "gain": 1.0},
+    "normal 1.4": {"initializer": "normal", "gain": 1.4},
     "normal 5/3": {"initializer": "normal", "gain": 5 / 3},
     "uniform": {"initializer": "uniform"},
     "glorot": {"initializer": "glorot"},
@@ -76,7 +77,41 @@ ABLATION = pairs(
     ],
     ["Muon"],
 )
-SOAP = pairs(["none", "StableGrad", "unit norm by leaf", "clip 1"], ["SOAP"])
+# What a recommendation may be of; the best in `behind`, and what costs as much.
+CANDIDATES = (
+    *pairs(["StableGrad", "unit norm by leaf", "clip 1", "none"], ["Muon"]),
+    "clip 1 | Muon eps=1e-30",
+    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
+)
+# The other optimizers that are used, alone and with what differed most before Muon.
+_OTHER_OPTIMIZERS = ("SOAP", "Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion")
+OTHERS = tuple(
+    f"{treatment} | {optimizer}"
+    for treatments in (("none", "StableGrad"), ("clip 1", "unit norm by leaf"))
+    for optimizer in _OTHER_OPTIMIZERS
+    for treatment in treatments
+)
+# Of problems that are solved: what anyone would use, and the best of `behind`.
+SOLVERS = (
+    *pairs(["none"], ["AdamW", "AdamW b2=0.9"]),
+    *pairs(["clip 1", "StableGrad"], ["Muon"]),
+    "none | SOAP",
+)
+SOLVERS_RATES = {
+    "AdamW": (3e-3, 1e-2, 3e-2),
+    "AdamW b2=0.9": (3e-3, 1e-2, 3e-2),
+    "Muon": (4e-3, 8e-3, 1.6e-2),
+    "SOAP": (3e-3, 1e-2, 3e-2),
+}
+# Is deeper ever better?
+AT_ANY_DEPTH = (
+    "none | AdamW",
+    *pairs(["clip 1", "StableGrad", "unit norm by leaf"], ["Muon"]),
+)
+DEPTH_RATES = {
+    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
+}
 # Where the scale of the optimizer's input differs from the others'.
 RATES = {
     "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
@@ -143,11 +178,41 @@ def _groups(
 # The starts that told optimizers apart come first: a grid that is not finished yet
 # should answer the questions that matter.
 _TELLING = ("normal 5/3", "uniform", "normal 1")
-_OTHERS = tuple(init for init in INITS if init not in _TELLING)
+_OTHER_INITS = ("normal 0.3", "glorot", "activation-aware")
 _DEEP = (
     _cell("poisson", "uniform", 50, steps=1500),
     _cell("poisson", "normal 0.3", 32, steps=1500),
     *_cells("poisson", _TELLING, (32,), steps=1500),
+)
+# Three of these again, on fresh seeds, and three that nothing was chosen on.
+_FRESH = (
+    _DEEP[0],
+    _cell("poisson", "normal 1.4", 50, steps=1500),
+    _cell("poisson", "normal 0.3", 24, steps=1500),
+    _cell("poisson", "uniform", 24, activation="gelu", steps=1500),
+    _DEEP[1],
+    _cell("poisson", "normal 5/3", 50, steps=1500),
+)
+# What tells the field's remedies first; then what a plain network solves as well.
+_SOLVED = tuple(
+    _cell(problem, "glorot", 4, width=64, steps=10_000)
+    for problem in (
+        "allen_cahn, periodic, exact start",
+        "wave, exact start and ends",
+        "burgers, 128 points",
+        "helmholtz_4_4, Fourier features",
+        "helmholtz_1_4, Fourier features",
+        "poisson, 128 points",
+    )
+)
+# As many steps at every depth; then, of shallower networks, as many as take at most the
+# time of depth 50: a step's grows with the number of kernels, or faster.
+_AT_DEPTHS = (
+    *_cells("poisson", ("uniform",), (8, 50, 4, 16, 32, 2), steps=1500),
+    *(
+        _cell("poisson", "uniform", depth, steps=1500 * 51 // (depth + 1))
+        for depth in (8, 4, 16, 2)
+    ),
 )
 _FIRST = _groups("behind", _DEEP[:3], BEHIND[:7])
 _WITH_MARGIN = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin)
@@ -194,7 +259,7 @@ PRESETS = {
                 *_cells("burgers", _TELLING, (8,)),
                 _cell("allen_cahn", "normal 5/3", 8),
                 _cell("helmholtz_4_4", "normal 5/3", 8),
-                *_cells("poisson", (*_TELLING, *_OTHERS), (8, 4)),
+                *_cells("poisson", (*_TELLING, *_OTHER_INITS), (8, 4)),
                 _cell("poisson", "uniform", 8, activation="sin"),
                 _cell("poisson", "uniform", 8, activation="silu"),
             ),
@@ -212,6 +277,32 @@ PRESETS = {
         "Muon and AdamW behind each scale control, depth 32 and 50",
         workers=2,
     ),
+    "confirm": Preset(
+        [
+            *_groups("confirm", _FRESH, CANDIDATES[:4]),
+            *_groups("confirm", _FRESH, CANDIDATES[4:]),
+        ],
+        Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
+        "2 hours on 2 idle cores",
+        "what behind recommends, on fresh seeds and cells in between",
+        workers=2,
+    ),
+    "solved": Preset(
+        entries("solved", _SOLVED, SOLVERS, lambda arm: SOLVERS_RATES[arm.optimizer]),
+        Protocol((0, 1), tuple(range(500, 505))),
+        "an hour on 2 idle cores",
+        "six problems as the field solves them, depth 4, width 64, 10,000 steps",
+        workers=2,
+    ),
+    "depth": Preset(
+        entries(
+            "depth", _AT_DEPTHS, AT_ANY_DEPTH, lambda arm: DEPTH_RATES[arm.optimizer]
+        ),
+        Protocol((0, 1, 2), tuple(range(600, 605)), lowest_worst_with_margin),
+        "half an hour on 2 idle cores",
+        "depth 2 to 50 at equal steps and at equal wall-clock",
+        workers=2,
+    ),
     "ablation": Preset(
         _groups("ablation", (_DEEP[0], _DEEP[2]), ABLATION),
         _WITH_MARGIN,
@@ -219,32 +310,25 @@ PRESETS = {
         "scale control of Muon's matrices alone, or of its biases alone",
         workers=2,
     ),
-    "soap": Preset(
-        _groups("soap", _DEEP, SOAP),
+    "optimizers": Preset(
+        _groups("optimizers", _DEEP[:3], OTHERS),
         _WITH_MARGIN,
         "2 hours on 2 idle cores",
-        "SOAP behind a scale control, in the cells of behind",
+        "SOAP, Lion, Nadam, warm-up and a short memory, in the hard cells of behind",
         workers=2,
     ),
+    # Estimated: 12 ms a step of the 48 runs that tune, 8 of the 16 that are reported,
+    # 40 seconds of compilation for every arm.
     "gpu": Preset(
         _groups(
             "gpu",
-            tuple(
-                cell
-                for problem, depths in (
-                    ("poisson", (32, 50, 16)),
-                    ("burgers", (32, 16)),
-                    ("helmholtz_1_4", (32, 16)),
-                    ("allen_cahn", (32, 16)),
-                )
-                for cell in _cells(problem, tuple(INITS), depths, width=128, steps=3000)
-            ),
-            ARMS,
+            _cells("poisson", (*_TELLING, "normal 0.3"), (32,), width=128, steps=2000),
+            pairs(["StableGrad", "none", "clip 1", "unit norm by leaf"], ["Muon"]),
             joined=True,
         ),
-        _PROTOCOL,
-        "hours on a GPU; --minutes 8 cuts it in pieces",
-        "wider and longer, the initial weights side by side",
+        Protocol((0, 1), (100, 101, 102, 103)),
+        "7 minutes on an H100: estimated, never run",
+        "depth 32 at width 128, the initial weights side by side",
     ),
 }
 
@@ -263,6 +347,7 @@ def training(settings: Settings, phase: Phase) -> Training:
         settings["width"],
         settings["activation"],
         **INITS[settings["init"]],
+        embedding=problem.embedding,
     )
     return Training(
         Pinn(problem, network),

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib import claims, figures, panels
-from benchmarks.lib.arms import among, pairs
+from benchmarks.lib.arms import among, in_order, pairs
 from benchmarks.lib.pages import Page
 from benchmarks.lib.regret import regret_table, versus_table
 from benchmarks.lib.summary import Cell, Score, Scores, complete, level
@@ -82,9 +82,11 @@ def _shown(table: Scores, *lists: Sequence[str]) -> list[str]:
 
 
 def _focus(table: Scores) -> dict[str, int]:
-    """The arms of a figure with lines, and their places."""
+    """The arms of a figure with lines, and their places; all arms, if they are few."""
     muon = any("none | Muon" in arms for arms in table.values())
-    arms = _shown(table, FOCUS_BEHIND if muon else FOCUS)
+    arms = in_order(table.values(), FOCUS)
+    if len(arms) > len(FOCUS):
+        arms = _shown(table, FOCUS_BEHIND if muon else FOCUS)
     return {arm: index for index, arm in enumerate(arms)}
 
 
@@ -161,22 +163,24 @@ def _seeds_figure(table: Scores) -> Figure | None:
 
 
 def _depth_figure(table: Scores) -> Figure:
-    """Error against depth, one panel for each problem, activation and initializer.
+    """Error against depth, a panel for each start at equal steps or equal wall-clock.
 
     Panels of a single depth are drawn only where there are no others.
     """
-    by_start: dict[Cell, dict[int, dict[str, Score]]] = {}
+    panels_of: dict[Cell, dict[int, dict[str, Score]]] = {}
     for cell in sorted(table, key=lambda cell: cell[3]):
-        by_start.setdefault(cell[:3], {})[cell[3]] = table[cell]
-    names = list(dict.fromkeys(cell[:3] for cell in table))
-    order = [name for name in names if len(by_start[name]) > 1] or names
+        for name in _alike(cell):
+            panels_of.setdefault(name, {})[cell[3]] = table[cell]
+    names = list(dict.fromkeys(name for cell in table for name in _alike(cell)))
+    order = [name for name in names if len(panels_of[name]) > 1]
+    order = order or [at_equal_steps for at_equal_steps, _ in map(_alike, table)]
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
     size, arms = (3 + 2.7 * num_columns, 1.2 + 2.5 * num_rows), _focus(table)
     figure, axes = figures.grid(num_rows, num_columns, size, sharey=True)
     for ax, name in zip(axes.flat, order, strict=False):
-        _depth_panel(ax, by_start[name], arms)
-        ax.set_title(", ".join(name), fontsize=9)
+        _depth_panel(ax, panels_of[name], arms)
+        ax.set_title("{}, {}, {}\n{}".format(*name), fontsize=9)
         ax.set_xlabel("depth")
     for ax in axes.flat[len(order) :]:
         ax.set_axis_off()
@@ -190,6 +194,14 @@ def _depth_figure(table: Scores) -> Figure:
         "Error against depth; crosses: some runs failed, above: how many", fontsize=11
     )
     return figure
+
+
+def _alike(cell: Cell) -> tuple[Cell, Cell]:
+    """The panels that a cell is in: of equal steps, and of equal wall-clock."""
+    *start, depth, _, steps = cell
+    kernels = steps * (depth + 1)  # what the time of all steps grows with
+    at_equal_time = f"equal time, steps x kernels = {kernels}"
+    return (*start, f"{steps} steps"), (*start, at_equal_time)
 
 
 def _depth_panel(

@@ -7,28 +7,28 @@ a bias (the last hidden biases already provide the constant), so 2 D + 1 leaves:
      ...
      "dense_<D-1>": {"kernel": [width, width], "bias": [width]},
      "dense_<D>": {"kernel": [width, 1]}}
+
+Before the first layer the inputs may be embedded in features, which take their place.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.tasks.pinn.ansatz import (
+    Derivatives,
+    Function,
+    SecondOrder,
+    derivatives_of,
+    identity,
+)
 from stablegrad_optax import activation_aware_normal
 
 Params = dict[str, dict[str, jax.Array]]
-SecondOrder = tuple[tuple[float, ...], ...]
-
-
-class Derivatives(NamedTuple):
-    """A scalar field u and its derivatives at points of shape [..., inputs]."""
-
-    value: jax.Array  # f[...]
-    gradient: jax.Array | None = None  # f[inputs, ...]: du/dx_j
-    second: jax.Array | None = None  # f[rows, ...]: sum_j row[j] d2u/dx_j2
 
 
 class Bend(NamedTuple):
@@ -60,11 +60,23 @@ def _silu(z: jax.Array) -> Bend:
     return Bend(f, slope, bell * half, bell * ((1 - 2 * s) * half + 1 - 2 * slope))
 
 
+def _gelu(z: jax.Array) -> Bend:
+    """The exact one, z times the normal distribution function."""
+    share, density = jax.scipy.stats.norm.cdf(z), jax.scipy.stats.norm.pdf(z)
+    return Bend(
+        z * share,
+        share + z * density,
+        (2 - z * z) * density,
+        z * (z * z - 4) * density,
+    )
+
+
 # name -> z -> f(z), f'(z), f''(z), f'''(z)
 ACTIVATIONS: dict[str, Callable[[jax.Array], Bend]] = {
     "tanh": _tanh,
     "sin": _sin,
     "silu": _silu,
+    "gelu": _gelu,
 }
 
 
@@ -82,6 +94,7 @@ class Network:
         gain: multiplies the standard deviation of the hidden kernels; read by the
             initializer "normal" alone.
         inputs: number of coordinates of a point.
+        embedding: points f[..., inputs] -> what the first layer gets, f[..., features].
     """
 
     depth: int = 32
@@ -90,10 +103,15 @@ class Network:
     initializer: str = field(default="normal", compare=False)
     gain: float = field(default=5 / 3, compare=False)
     inputs: int = 2
+    embedding: Function = identity
+
+    @cached_property
+    def num_features(self) -> int:
+        return jax.eval_shape(self.embedding, jnp.zeros(self.inputs)).shape[-1]
 
     def kernel_shape(self, layer: int) -> tuple[int, int]:
         return (
-            self.inputs if layer == 0 else self.width,
+            self.num_features if layer == 0 else self.width,
             1 if layer == self.depth else self.width,
         )
 
@@ -130,7 +148,7 @@ class Network:
             The fields `value`, `gradient`, `second` that `second` asks for.
         """
         flat = points.reshape(-1, self.inputs)
-        streams = _input_streams(flat, second)
+        streams = _input_streams(self.embedding, flat, second)
         for layer in range(self.depth):
             dense = params[f"dense_{layer}"]
             streams = _product(streams, dense["kernel"])
@@ -234,16 +252,14 @@ def _squares(first: list[jax.Array], second: SecondOrder) -> list[jax.Array]:
     ]
 
 
-def _input_streams(flat: jax.Array, second: SecondOrder | None) -> jax.Array:
-    """Streams of the identity map: x, the unit vectors, zero second derivatives."""
+def _input_streams(
+    embedding: Function, flat: jax.Array, second: SecondOrder | None
+) -> jax.Array:
+    """Streams of the features; of the coordinates x, unit vectors, and zeros."""
+    features = derivatives_of(embedding, flat, second)
     if second is None:
-        return flat[None]
-    num_points, inputs = flat.shape
-    unit = jnp.broadcast_to(
-        jnp.eye(inputs, dtype=flat.dtype)[:, None], (inputs, num_points, inputs)
-    )
-    zero = jnp.zeros((len(second), num_points, inputs), flat.dtype)
-    return jnp.concatenate([flat[None], unit, zero])
+        return features.value[None]
+    return jnp.concatenate([features.value[None], features.gradient, features.second])
 
 
 def _product(streams: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ it serves a network and an exact solution alike.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from benchmarks.tasks.pinn.network import Derivatives, SecondOrder
+from benchmarks.tasks.pinn.ansatz import (
+    Ansatz,
+    Derivatives,
+    Function,
+    SecondOrder,
+    fourier_features,
+    identity,
+)
 from benchmarks.tasks.pinn.references import (
     ALLEN_CAHN_DIFFUSION,
     BURGERS_VISCOSITY,
@@ -60,6 +67,8 @@ class Problem:
         solution: (axis of input 0, axis of input 1) -> f64[n0, n1], exact or a
             reference computed in this project.
         grid_shape: the number of points, ends included, that the error is taken over.
+        embedding: of a point, for the network's first layer.
+        ansatz: how the solution is built on the network; None where it is the network.
     """
 
     name: str
@@ -69,6 +78,8 @@ class Problem:
     terms: tuple[Term, ...]
     solution: Callable[[np.ndarray, np.ndarray], np.ndarray]
     grid_shape: tuple[int, int]
+    embedding: Function = identity
+    ansatz: Ansatz | None = None
 
     def sample(self, key: jax.Array) -> dict[str, jax.Array]:
         """Points for each term, by its name."""
@@ -173,6 +184,9 @@ def _sine_product(
     waves: tuple[int, int],
     wavenumber: float,
     domain: tuple[Interval, Interval],
+    *,
+    num_points: int = 64,
+    embedding: Function = identity,
 ) -> Problem:
     """Lap u + k^2 u = q with u = sin(a1 pi x) sin(a2 pi y), u = 0 on the boundary."""
 
@@ -195,19 +209,34 @@ def _sine_product(
         inputs=("x", "y"),
         domain=domain,
         terms=(
-            Term("equation", 1.0, uniform(domain, 64), laplacian, residual),
+            Term("equation", 1.0, uniform(domain, num_points), laplacian, residual),
             Term(
-                "boundary", 100.0, uniform_on_ends(domain, 32, (0, 1)), None, _vanishes
+                "boundary",
+                100.0,
+                uniform_on_ends(domain, num_points // 2, (0, 1)),
+                None,
+                _vanishes,
             ),
         ),
         solution=solution,
         grid_shape=(51, 51),
+        embedding=embedding,
     )
 
 
-def _burgers() -> Problem:
+def _drawn_waves(*stds: float) -> np.ndarray:
+    """32 wave vectors, normal with these standard deviations; always the same ones."""
+    return np.random.default_rng(0).standard_normal((32, len(stds))) * stds
+
+
+def _drawn_features(*stds: float) -> Function:
+    return fourier_features(_drawn_waves(*stds))
+
+
+def _burgers(name: str, num_points: int = 64) -> Problem:
     """u_t + u u_x = (0.01 / pi) u_xx, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0."""
     domain = ((-1.0, 1.0), (0.0, 1.0))
+    start, half = (domain[0], (0.0, 0.0)), num_points // 2
 
     def residual(_: jax.Array, u: Derivatives) -> jax.Array:
         u_x, u_t = u.gradient
@@ -217,14 +246,16 @@ def _burgers() -> Problem:
         return u.value + jnp.sin(jnp.pi * points[..., 0])
 
     return Problem(
-        name="burgers",
+        name=name,
         equation="u_t + u u_x = (0.01 / pi) u_xx, u(x, 0) = -sin(pi x)",
         inputs=("x", "t"),
         domain=domain,
         terms=(
-            Term("equation", 1.0, uniform(domain, 64), ((1.0, 0.0),), residual),
-            Term("boundary", 100.0, uniform_on_ends(domain, 32, (0,)), None, _vanishes),
-            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, initial),
+            Term("equation", 1.0, uniform(domain, num_points), ((1.0, 0.0),), residual),
+            Term(
+                "boundary", 100.0, uniform_on_ends(domain, half, (0,)), None, _vanishes
+            ),
+            Term("initial", 100.0, uniform(start, half), None, initial),
         ),
         solution=cole_hopf,
         grid_shape=(201, 41),
@@ -273,14 +304,103 @@ def _allen_cahn() -> Problem:
     )
 
 
+def _allen_cahn_built_in() -> Problem:
+    """Allen-Cahn with Fourier features of period 2 in x, and an exact initial value.
+
+    The reaction lets an error grow like exp(5 t): residuals are weighted by exp(-5 t).
+    """
+    problem = _allen_cahn()
+    equation, *_ = problem.terms
+    waves = _drawn_waves(4.0, 2.0)
+    waves[:, 0] = np.pi * waves[:, 0].round()
+
+    def weighted(points: jax.Array, u: Derivatives) -> jax.Array:
+        return jnp.exp(-5 * points[..., 1]) * equation.residual(points, u)
+
+    def start(points: jax.Array) -> jax.Array:
+        x = points[..., 0]
+        return x**2 * jnp.cos(jnp.pi * x)
+
+    drawn = uniform(problem.domain, 128)
+    return replace(
+        problem,
+        name="allen_cahn, periodic, exact start",
+        terms=(replace(equation, sample=drawn, residual=weighted),),
+        embedding=fourier_features(waves, beside=(1,)),
+        ansatz=Ansatz(start, lambda points: points[..., 1]),
+    )
+
+
+def _wave() -> Problem:
+    """u_tt = 4 u_xx with u and u_t known at t = 0, and u = 0 at x = 0 and 1, exactly.
+
+    The field is u(x, 0) + (1 - exp(-72 t^2)) 4 x (1 - x) N. The factor of N is of
+    second order in t at 0, so it leaves u_t alone, and 1 from t = 0.3 on: with t^2
+    itself N would have to be a hundred times as large at 0 as at 1.
+    """
+
+    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
+        return u.second[0]
+
+    def start(points: jax.Array) -> jax.Array:
+        x = points[..., 0]
+        return jnp.sin(jnp.pi * x) + 0.5 * jnp.sin(4 * jnp.pi * x)
+
+    def factor(points: jax.Array) -> jax.Array:
+        x, t = points[..., 0], points[..., 1]
+        return -jnp.expm1(-72 * t**2) * 4 * x * (1 - x)
+
+    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        low = np.outer(np.sin(np.pi * x), np.cos(2 * np.pi * t))
+        return low + 0.5 * np.outer(np.sin(4 * np.pi * x), np.cos(8 * np.pi * t))
+
+    return Problem(
+        name="wave, exact start and ends",
+        equation="u_tt = 4 u_xx, u(x, 0) = sin(pi x) + sin(4 pi x) / 2, u_t(x, 0) = 0",
+        inputs=("x", "t"),
+        domain=_UNIT,
+        terms=(Term("equation", 1.0, uniform(_UNIT, 128), ((-4.0, 1.0),), residual),),
+        solution=solution,
+        grid_shape=(101, 101),
+        embedding=_drawn_features(6.0, 12.0),
+        ansatz=Ansatz(start, factor),
+    )
+
+
 _UNIT: tuple[Interval, Interval] = ((0.0, 1.0), (0.0, 1.0))
 _SYMMETRIC: tuple[Interval, Interval] = ((-1.0, 1.0), (-1.0, 1.0))
 
 # name -> how to make it; a problem is made where it is asked for, not at import.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
+    # 64 points and a plain network: seconds of training, and deep networks fail.
     "poisson": partial(_sine_product, "poisson", (1, 1), 0.0, _UNIT),
     "helmholtz_1_4": partial(_sine_product, "helmholtz_1_4", (1, 4), 1.0, _SYMMETRIC),
     "helmholtz_4_4": partial(_sine_product, "helmholtz_4_4", (4, 4), 1.0, _UNIT),
-    "burgers": _burgers,
+    "burgers": partial(_burgers, "burgers"),
     "allen_cahn": _allen_cahn,
+    # More points, and what the field builds in: a shallow network solves them.
+    "poisson, 128 points": partial(
+        _sine_product, "poisson, 128 points", (1, 1), 0.0, _UNIT, num_points=128
+    ),
+    "helmholtz_1_4, Fourier features": partial(
+        _sine_product,
+        "helmholtz_1_4, Fourier features",
+        (1, 4),
+        1.0,
+        _SYMMETRIC,
+        num_points=128,
+        embedding=_drawn_features(2.0, 6.0),
+    ),
+    "helmholtz_4_4, Fourier features": partial(
+        _sine_product,
+        "helmholtz_4_4, Fourier features",
+        (4, 4),
+        1.0,
+        _UNIT,
+        num_points=128,
+        embedding=_drawn_features(6.0, 6.0),
+    ),
+    "burgers, 128 points": partial(_burgers, "burgers, 128 points", 128),
+    "allen_cahn, periodic, exact start": _allen_cahn_built_in,
+    "wave, exact start and ends": _wave,
 }
