@@ -312,6 +312,25 @@ def test_one_rate_needs_no_tuning():
     ]
 
 
+def test_runs_that_tune_may_be_shorter():
+    """They say so, cost less, and choose the rate of the whole ones."""
+    settings = {"arm": "A | B", "optimizer": "B", "steps": 100, "tuning_steps": 25}
+    entry = Entry(settings, (0.1, 0.2), cost=8.0)
+    ledger = Ledger(replace(PRESET, groups=[[entry]]))
+    records = []
+    for steps, num in ((25, 4), (100, 3)):
+        missing = ledger.missing([entry])
+        assert [run.settings["steps"] for run in missing] == num * [steps]
+        records += [{**run.as_record(), **result(run.learning_rate)} for run in missing]
+        ledger.add(records)
+        assert ledger.done() == (len(records), 2.0 * 4 + 8.0 * (len(records) - 4))
+    assert ledger.cost == ledger.done()[1]
+    table = scores(records, ("optimizer", "steps"))
+    assert list(table) == [("B", 100)]
+    assert table["B", 100]["A"].rates == (0.1, 0.2)
+    assert table["B", 100]["A"].learning_rate == 0.1
+
+
 # The regret table, against numbers worked out by hand
 
 

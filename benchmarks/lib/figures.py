@@ -43,9 +43,10 @@ def error_curves(
 
 def line(index: int) -> dict[str, str]:
     """Colour and dashes of the arm at this place of a figure's list."""
+    round_, place = divmod(index, len(PALETTE))  # other dashes in the next round
     return {
-        "color": PALETTE[index % len(PALETTE)],
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "color": PALETTE[place],
+        "linestyle": LINE_STYLES[(place + round_) % len(LINE_STYLES)],
     }
 
 

@@ -43,7 +43,7 @@ class Ledger:
         self._records: dict[tuple, Record] = {}
         self.add(records)
         self.num_runs = preset.num_runs
-        self.cost = sum(e.cost * e.num_runs(self._protocol) for e in self._entries)
+        self.cost = sum(entry.total_cost(self._protocol) for entry in self._entries)
 
     def add(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -60,12 +60,12 @@ class Ledger:
         for entry in self._entries:
             tuning = entry.tuning(self._protocol)
             absent = self._absent(tuning)
-            num_done = len(tuning) - len(absent)
+            num_tuning, num_reported = len(tuning) - len(absent), 0
             if not absent:
                 reported = self._reported(entry)
-                num_done += len(reported) - len(self._absent(reported))
-            num_runs += num_done
-            cost += num_done * entry.cost
+                num_reported = len(reported) - len(self._absent(reported))
+            num_runs += num_tuning + num_reported
+            cost += num_tuning * entry.tuning_cost + num_reported * entry.cost
         return num_runs, cost
 
     def _reported(self, entry: Entry) -> list[Run]:

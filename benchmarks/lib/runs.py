@@ -54,6 +54,16 @@ class Run:
         }
 
 
+def of_tuning(settings: Settings) -> Settings:
+    """What the runs that tune have of a reported run's settings.
+
+    They may be shorter: `tuning_steps`, if there are any, are then their `steps`.
+    """
+    if "tuning_steps" not in settings:
+        return settings
+    return {**settings, "steps": settings["tuning_steps"]}
+
+
 def capped_error(record: Record) -> float:
     """The relative error, 1 at most and where not finite: that of predicting zero."""
     error = record["error"]

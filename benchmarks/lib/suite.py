@@ -8,7 +8,15 @@ from itertools import pairwise, product
 import numpy as np
 
 from benchmarks.lib.arms import Arm
-from benchmarks.lib.runs import Phase, Record, Run, Settings, capped_error, finite
+from benchmarks.lib.runs import (
+    Phase,
+    Record,
+    Run,
+    Settings,
+    capped_error,
+    finite,
+    of_tuning,
+)
 from benchmarks.lib.train import Curves, Training
 
 # The records of an arm's tuning -> the rate it is reported at.
@@ -98,9 +106,9 @@ class Entry:
     """The runs of one line of a table: one arm in one cell.
 
     Attributes:
-        settings: as in `Run`.
+        settings: as in `Run`, of the reported runs; see `of_tuning`.
         learning_rates: the fixed set to choose from.
-        cost: of one run, in any unit that is the same for all entries.
+        cost: of one reported run, in any unit that is the same for all entries.
     """
 
     settings: Settings
@@ -111,7 +119,7 @@ class Entry:
         if len(self.learning_rates) == 1:
             return []
         return [
-            Run(self.settings, rate, seed, "tuning")
+            Run(of_tuning(self.settings), rate, seed, "tuning")
             for rate in self.learning_rates
             for seed in protocol.tuning_seeds
         ]
@@ -129,6 +137,19 @@ class Entry:
 
     def num_runs(self, protocol: Protocol) -> int:
         return len(self.tuning(protocol)) + len(protocol.reported_seeds)
+
+    @property
+    def tuning_cost(self) -> float:
+        """Of one run that tunes, which may be shorter."""
+        shorter, whole = (
+            s.get("steps", 1) for s in (of_tuning(self.settings), self.settings)
+        )
+        return self.cost * shorter / whole
+
+    def total_cost(self, protocol: Protocol) -> float:
+        num_reported = len(protocol.reported_seeds)
+        num_tuning = self.num_runs(protocol) - num_reported
+        return self.tuning_cost * num_tuning + self.cost * num_reported
 
 
 def cells(**values: Iterable[str | int]) -> list[Settings]:
@@ -148,7 +169,8 @@ def entries(
 
     Args:
         preset: its name.
-        cells: what is trained, whatever the arm; `steps` is one of the settings.
+        cells: what is trained, whatever the arm; `steps` is one of the settings,
+            `tuning_steps` may be another.
         arms: their names.
         rates: arm -> the learning rates to choose from; by default the optimizer's.
     """

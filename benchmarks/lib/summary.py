@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.lib import noise
 from benchmarks.lib.arms import SEPARATOR
-from benchmarks.lib.runs import Record, capped_error
+from benchmarks.lib.runs import Record, Settings, capped_error, of_tuning
 from benchmarks.lib.suite import Choice, lowest_median
 
 Cell = tuple[str | int, ...]
@@ -116,22 +116,25 @@ def scores(
         names: the settings that make a cell.
         choose: how rates were chosen.
     """
+
+    def key(of: Settings) -> tuple[Cell, str]:
+        arm = str(of["arm"])
+        if "optimizer" in names:
+            arm, _, _ = arm.partition(SEPARATOR)
+        return tuple(of[name] for name in names), arm
+
     tuned: dict[tuple[Cell, str], list[Record]] = {}
     reported: dict[tuple[Cell, str], list[Record]] = {}
     for record in records:
-        arm = record["arm"]
-        if "optimizer" in names:
-            arm, _, _ = arm.partition(SEPARATOR)
-        key = tuple(record[name] for name in names), arm
         by_phase = tuned if record["phase"] == "tuning" else reported
-        by_phase.setdefault(key, []).append(record)
+        by_phase.setdefault(key(record), []).append(record)
     table: Scores = {}
     for (cell, arm), runs in reported.items():
         rates: tuple[float, ...] = ()
-        if of_tuning := tuned.get((cell, arm)):
-            rate = choose(of_tuning)
+        if tuning := tuned.get(key(of_tuning(runs[0]))):
+            rate = choose(tuning)
             runs = [run for run in runs if run["learning_rate"] == rate]
-            rates = tuple(sorted({run["learning_rate"] for run in of_tuning}))
+            rates = tuple(sorted({run["learning_rate"] for run in tuning}))
         if runs:
             table.setdefault(cell, {})[arm] = Score(tuple(runs), rates)
     return table

@@ -27,8 +27,13 @@ FOCUS = (
     "StableGrad prediction",
     "StableGrad 0.01, biases untouched",
     "GradientAutoscaled",
+    "mean removal",
+    "GradientStabilizer",
+    "unit norm by leaf",
 )
 HISTOGRAMS = ("none", "clip 1", "StableGrad 0.01")
+_DOTTED = {"color": "0.5", "linewidth": 1, "linestyle": ":"}
+_DASHED = {"color": "0.3", "linewidth": 1, "linestyle": "--"}
 NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
 
 
@@ -38,7 +43,9 @@ _TEXT = """\
 Accuracies on test images after the last step. A run fails if its accuracy is not \
 above 1.5 times chance (15 % for ten classes) or its loss not a number. Where a rate \
 is "tuned", each arm's is the one of its fixed set with the lowest median error \
-over the tuning seeds on validation images, failures last; else all arms have the rate \
+over the tuning seeds on validation images, failures last, unless a preset names \
+another rule; "tuned on 300 steps": the runs it was chosen on had so many, with a \
+whole schedule of their own, the reported ones more. Else all arms have the rate \
 that is named, in their own scale: under momentum 0.03 times it for the two \
 "prediction" arms, 0.01 times it for "z-score", whose gradients are larger by as much. \
 "0.01" is the constant reference; "prediction" is the \
@@ -48,7 +55,7 @@ batches; float32; 5 % warm-up, then a half cosine to 0."""
 
 
 def _summary(table: Scores) -> str:
-    tuned = {cell: arms for cell, arms in table.items() if "tuned" in cell}
+    tuned = {cell: arms for cell, arms in table.items() if _is_tuned(cell)}
     return regret_table(
         tuned,
         "cells with tuned rates",
@@ -86,14 +93,24 @@ def _accuracy_tables(table: Scores) -> str:
     return "\n".join(parts)
 
 
+def _is_tuned(cell: Cell) -> bool:
+    return str(cell[CELL.index("rate")]).startswith("tuned")
+
+
+def _how(cell: Cell) -> str:
+    rate = cell[CELL.index("rate")]
+    return f"{rate}" if _is_tuned(cell) else f"rate {rate}"
+
+
 def _norm(norm: str) -> str:
     return "with BatchNorm" if norm == "batch" else "without BatchNorm"
 
 
 def _setting(cell: Cell) -> str:
-    _, _, model, width, optimizer, rate, batch, steps = cell
-    how = "tuned" if rate == "tuned" else f"rate {rate}"
-    return f"{model}, width {width}, {optimizer}, {how}, {steps} steps of {batch}"
+    _, _, model, width, optimizer, _, batch, steps = cell
+    return (
+        f"{model}, width {width}, {optimizer}, {_how(cell)}, {steps} steps of {batch}"
+    )
 
 
 def _accuracies(score: Score) -> np.ndarray:
@@ -139,9 +156,26 @@ def _times_section(records: Sequence[Record]) -> str:
 
 
 def _title(cell: Cell) -> str:
-    data, norm, model, _, optimizer, rate, *_ = cell
-    how = "tuned" if rate == "tuned" else f"rate {rate}"
-    return f"{model}, {_norm(norm)}\n{data}, {optimizer}, {how}"
+    data, norm, model, _, optimizer, *_ = cell
+    return f"{model}, {_norm(norm)}\n{data}, {optimizer}, {_how(cell)}"
+
+
+def _target(table: Scores, cell: Cell) -> float | None:
+    """What the net of a cell without BatchNorm reaches with it and no arm, in per cent.
+
+    With the best of the optimizers that it was trained with; None if with none.
+    """
+
+    def net(cell: Cell) -> Cell:
+        data, _, model, width, _, _, *amount = cell
+        return data, model, width, *amount
+
+    means = [
+        _accuracies(column["none"]).mean()
+        for other, column in table.items()
+        if net(other) == net(cell) and other[1] == "batch" and "none" in column
+    ]
+    return None if cell[1] == "batch" else max(means, default=None)
 
 
 def _failure_percent(cell: Cell) -> float:
@@ -152,11 +186,13 @@ def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
     figure, axes, _ = panels.seeds(table, TREATMENTS, _title, _accuracies, np.mean)
     for cell, ax in axes.items():
-        ax.axvline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.axvline(_failure_percent(cell), **_DOTTED)
+        if (target := _target(table, cell)) is not None:
+            ax.axvline(target, **_DASHED)
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
     figure.suptitle(
         "One dot a seed, crosses: failed (dotted line), bars: mean; rows without dots "
-        "were not run",
+        "were not run;\ndashed: mean of the same net with BatchNorm and no arm",
         fontsize=10,
     )
     return figure
@@ -169,14 +205,17 @@ def _curves_figure(table: Scores) -> Figure:
     figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         panels.curves(ax, column, arms, lambda score: 100 * score.curve("accuracy"))
-        ax.axhline(_failure_percent(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.axhline(_failure_percent(cell), **_DOTTED)
+        if (target := _target(table, cell)) is not None:
+            ax.axhline(target, **_DASHED)
         ax.set(xlabel="step", ylim=(0, 100))
         ax.set_title(_title(cell), fontsize=8)
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
     figures.legend(figure, arms)
     figure.suptitle(
-        "Median over seeds; bands from lowest to highest; dotted: failed below",
+        "Median over seeds; bands from lowest to highest; dotted: failed below;\n"
+        "dashed: mean of the same net with BatchNorm and no arm",
         fontsize=10,
     )
     return figure
