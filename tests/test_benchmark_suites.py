@@ -14,6 +14,7 @@ from benchmarks import suites
 from benchmarks.lib import runs
 from benchmarks.lib.arms import Arm
 from benchmarks.lib.grid import Ledger
+from benchmarks.lib.train import train_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,6 +71,42 @@ def test_every_training_can_be_made(suite, monkeypatch):
             training = loaded.training(settings, "reported")
             assert training.recorded[-1] == settings["steps"] == training.rule.steps
             assert list(training.recorded) == sorted(set(training.recorded))
+
+
+# What the presets for a GPU are cut to, so that a CPU can try every arm of theirs.
+TINY = {
+    "pinn": {"depth": 2, "width": 4},
+    "vision": {"data": "digits", "width": 2, "batch": 4, "scored": 20},
+    "spikes": {"size": "tiny", "batch": 4},
+    "rl": {"copies": 2, "horizon": 4, "minibatches": 2},
+}
+ON_GPU = [
+    pytest.param(suite, preset, id=f"{suite}-{preset}")
+    for suite in TINY
+    for preset in suites.load(suite).presets
+    if preset.startswith("gpu")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "preset"), ON_GPU)
+def test_presets_for_a_gpu_train(suite, preset):
+    """Two steps of every arm and of every cell, tiny."""
+    loaded, seen = suites.load(suite), set()
+    assert "estimated, never run" in loaded.presets[preset].takes
+    for entry in loaded.presets[preset].entries:
+        cell = {**entry.settings, **TINY[suite], "steps": 2}
+        for name, tiny in (("model", "ResNet-20"), ("spike", 1)):
+            if cell.get(name):
+                cell[name] = tiny
+        new = {cell["arm"], (cell.get("disturbance"), cell.get("numbers"))} - seen
+        if not new:
+            continue
+        seen |= new
+        run = runs.Run(cell, entry.learning_rates[0], 100, "reported", detailed=True)
+        (record,) = train_batch(loaded.training, loaded.keep, [run], lambda: None)
+        assert record["curve"]["step"][-1] == 2
+        assert {"error", "failed", "ms_per_step"} <= record.keys()
 
 
 @pytest.mark.parametrize("suite", suites.NAMES)

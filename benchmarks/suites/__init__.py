@@ -13,7 +13,7 @@ from benchmarks.lib.suite import Suite
 if TYPE_CHECKING:  # which imports matplotlib
     from benchmarks.lib.pages import Page
 
-NAMES = ("pinn", "vision", "spikes")
+NAMES = ("pinn", "vision", "spikes", "rl")
 
 
 def load(name: str) -> Suite:

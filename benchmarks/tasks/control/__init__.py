@@ -1,0 +1,1 @@
+"""Agents that learn to control an environment of gymnax, by PPO."""
