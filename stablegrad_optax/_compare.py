@@ -16,6 +16,7 @@ from stablegrad_optax._comparison import (
     choose_rate,
     compare,
 )
+from stablegrad_optax._stabilizer import gradient_stabilizer
 from stablegrad_optax._stablegrad import stablegrad
 from stablegrad_optax._trials import Factory, Problem, Scores, Trainer
 
@@ -29,7 +30,8 @@ def default_optimizers(
 
     AdamW alone, with ``b2=0.9``, behind ``optax.clip_by_global_norm(1.0)``, with both,
     and behind :func:`stablegrad` with ``b2=0.9``; ``optax.contrib.muon`` alone, behind
-    the clip and behind :func:`stablegrad`. All else is Optax's default. Add your own:
+    the clip, behind each leaf's unit norm, ``gradient_stabilizer(0, 0, eps=0)``, and
+    behind :func:`stablegrad`. All else is Optax's default. Add your own:
     ``{**default_optimizers(), "Lion": optax.lion}``.
 
     Args:
@@ -66,6 +68,7 @@ def default_optimizers(
       StableGrad + AdamW b2=.9
       Muon
       clip + Muon
+      unit norm by leaf + Muon
       StableGrad + Muon
     """
     adamw = optax.adamw
@@ -74,6 +77,7 @@ def default_optimizers(
         optax.contrib.muon, muon_weight_dimension_numbers=muon_weight_dimension_numbers
     )
     clip = functools.partial(optax.clip_by_global_norm, 1.0)
+    unit_norm = functools.partial(gradient_stabilizer, 0, 0, eps=0)
 
     def behind(first: Callable[[], Any], optimizer: Factory) -> Factory:
         return lambda rate: optax.chain(first(), optimizer(rate))
@@ -86,6 +90,7 @@ def default_optimizers(
         "StableGrad + AdamW b2=.9": behind(stablegrad, quick),
         "Muon": muon,
         "clip + Muon": behind(clip, muon),
+        "unit norm by leaf + Muon": behind(unit_norm, muon),
         "StableGrad + Muon": behind(stablegrad, muon),
     }
 

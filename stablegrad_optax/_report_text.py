@@ -25,8 +25,9 @@ REMEDIES = {
     ),
     "vanishing": (
         "Initialize at a larger scale: activation_aware_normal, or Glorot. Clipping "
-        "cannot help, it only shrinks; stablegrad() before the optimizer can, before "
-        "optax.contrib.muon most. compare_optimizers tries them."
+        "cannot help, it only shrinks; stablegrad() before the optimizer can, or "
+        "gradient_stabilizer(0, 0, eps=0), before optax.contrib.muon most. "
+        "compare_optimizers tries them."
     ),
     "unbalanced between layers": (
         "Cheap, try first: a Glorot initializer or activation_aware_normal, Adam with "
