@@ -80,6 +80,14 @@ def test_arms_of_different_presets_are_not_compared():
     assert "| not run |" in claims.table([claim], parts, lambda cell: cell[0])
 
 
+def test_the_preset_with_the_most_seeds_counts():
+    claim = Claim("A sentence.", "errs less", "low", "high", (("cell",),))
+    few = {name: score(errors[:4]) for name, errors in (("low", LOW), ("high", HIGH))}
+    for parts in (few, COLUMN), (COLUMN, few):
+        text = claims.table([claim], [{("cell",): p} for p in parts], lambda c: c[0])
+        assert "| 0 of 10, 0 of 10 |" in text
+
+
 def test_every_claim_is_of_arms_and_a_cell_of_one_preset():
     run = {
         (tuple(e.settings[name] for name in CELL), e.settings["arm"], preset)

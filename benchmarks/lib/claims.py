@@ -42,7 +42,8 @@ def table(
 
     Args:
         claims: what is claimed.
-        presets: the scores of each; arms are compared within one of them.
+        presets: the scores of each; arms are compared within one of them, where more
+            than one has both in that with the most seeds.
         title: what a cell is called.
     """
     cells = [(claim, cell) for claim in claims for cell in claim.cells]
@@ -50,13 +51,15 @@ def table(
     presets, rows = list(presets), []
     for claim, cell in cells:
         columns = (scores.get(cell, {}) for scores in presets)
-        both = {claim.one, claim.other}
-        column = next((arms for arms in columns if both <= arms.keys()), None)
+        both = [
+            (arms[claim.one], arms[claim.other])
+            for arms in columns
+            if {claim.one, claim.other} <= arms.keys()
+        ]
         evidence = ["-", "-", "-", "-", "not run"]
-        if column is not None:
-            evidence = _evidence(
-                claim, column[claim.one], column[claim.other], threshold
-            )
+        if both:
+            one, other = max(both, key=lambda scores: min(s.num_runs for s in scores))
+            evidence = _evidence(claim, one, other, threshold)
         rows.append([claim.sentence, title(cell), claim.one, claim.other, *evidence])
     head = ["claim", "cell", "one arm", "the other", "failed runs"]
     head += ["ratio of the errors", "seeds", "p", "so"]

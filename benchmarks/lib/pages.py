@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.lib import figures, panels
+from benchmarks.lib import claims, figures, panels
+from benchmarks.lib.claims import Claim
 from benchmarks.lib.grid import Ledger
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
@@ -37,7 +38,8 @@ class Page:
         figures: name -> what draws one of a preset, or finds nothing to draw.
         tables: Markdown; stands behind them.
         times: the lines of `time` -> Markdown, behind the presets.
-        claims: the scores of each preset -> Markdown, the last of the page.
+        claims: what a text may say of two arms; their table is the last of the page.
+        named: a cell -> what the claims call it.
     """
 
     title: str
@@ -48,7 +50,8 @@ class Page:
     figures: Mapping[str, Callable[[Scores], Figure | None]]
     tables: Callable[[Scores], str]
     times: Callable[[Sequence[Record]], str] | None = None
-    claims: Callable[[Sequence[Scores]], str] | None = None
+    claims: Sequence[Claim] = ()
+    named: Callable[[Cell], str] = str
 
     @classmethod
     def default(cls, suite: Suite) -> "Page":
@@ -125,8 +128,8 @@ def write(
         paths += drawn
     if times and page.times is not None:
         text.append(page.times(times))
-    if page.claims is not None:
-        text.append(page.claims(tables))
+    if page.claims:
+        text.append(f"\n## Claims\n\n{claims.table(page.claims, tables, page.named)}")
     markdown = folder / f"{suite.name}.md"
     markdown.parent.mkdir(parents=True, exist_ok=True)
     markdown.write_text("\n".join(text))

@@ -1,4 +1,4 @@
-"""What a text may say of Muon behind a scale control, if the runs carry it."""
+"""What a text may say of two arms, if the runs carry it."""
 
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.summary import Cell
@@ -11,9 +11,19 @@ def _poisson(init: str, depth: int) -> Cell:
 NATURAL, VANISHING = _poisson("uniform", 50), _poisson("normal 0.3", 32)
 EXPLODING, SHALLOWER = _poisson("normal 5/3", 32), _poisson("uniform", 32)
 HARD = (NATURAL, VANISHING, EXPLODING)
+DEEPER = _poisson("normal 5/3", 50)
 OURS = "StableGrad | Muon"
+BEHIND_ADAM = "StableGrad | AdamW b2=0.9"
 
 CLAIMS = (
+    *(
+        Claim(sentence, "fails less", BEHIND_ADAM, other, (SHALLOWER, DEEPER))
+        for sentence, other in (
+            ("With b2=0.9, StableGrad fails less often than AdamW.", "none | AdamW"),
+            ("It fails less often than a clip before AdamW.", "clip 1 | AdamW"),
+            ("It fails less often than b2=0.9 alone.", "none | AdamW b2=0.9"),
+        )
+    ),
     Claim(
         "Before Muon, StableGrad fails less often than nothing.",
         "fails less",
@@ -81,7 +91,7 @@ CLAIMS = (
         "Muon behind StableGrad errs less than AdamW with b2=0.9 behind it.",
         "errs less",
         OURS,
-        "StableGrad | AdamW b2=0.9",
+        BEHIND_ADAM,
         HARD,
     ),
     Claim(

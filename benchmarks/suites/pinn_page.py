@@ -6,7 +6,7 @@ from itertools import product
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import claims, figures, panels
+from benchmarks.lib import figures, panels
 from benchmarks.lib.arms import among, in_order, pairs
 from benchmarks.lib.pages import Page
 from benchmarks.lib.regret import regret_table, versus_table
@@ -297,13 +297,6 @@ def _title(cell: Cell) -> str:
     return f"{problem}, {activation}, {init}, depth {depth}"
 
 
-def _claims(presets: Sequence[Scores]) -> str:
-    table = claims.table(
-        CLAIMS, presets, lambda cell: f"{_title(cell)}, {cell[5]} steps"
-    )
-    return f"## Claims about Muon\n\n{table}"
-
-
 PAGE = Page(
     "Physics-informed networks",
     _TEXT,
@@ -318,5 +311,6 @@ PAGE = Page(
         "layers": _layers_figure,
     },
     _error_tables,
-    claims=_claims,
+    claims=CLAIMS,
+    named=lambda cell: f"{_title(cell)}, {cell[5]} steps",
 )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib import figures, panels
 from benchmarks.lib.arms import in_order
+from benchmarks.lib.claims import Claim
 from benchmarks.lib.pages import Page
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.summary import Cell, Score, Scores
@@ -144,6 +145,21 @@ def _title(cell: Cell) -> str:
         parts.append(f"decay {of_cell['weight_decay']} in the gradient")
     return ", ".join(parts)
 
+
+# What a text may say of two arms, if the runs carry it.
+CLAIMS = tuple(
+    Claim(
+        f"Where losses are giant, a clip errs less than {name}.",
+        "errs less",
+        "clip 1",
+        other,
+        tuple(
+            ("lm", "cpu", "float32", disturbance, 200, "0", "Adam", 8, 700, "0.003")
+            for disturbance in ("loss x1e4", "loss x1e4, 10 updates")
+        ),
+    )
+    for name, other in (("nothing", "none"), ("skip_spikes", "skip spikes"))
+)
 
 # Markdown
 
@@ -437,4 +453,6 @@ PAGE = Page(
         "errors": _errors_figure,
     },
     _tables,
+    claims=CLAIMS,
+    named=_title,
 )
