@@ -21,6 +21,7 @@ from benchmarks.lib.suite import (
     Preset,
     Protocol,
     lowest_median,
+    lowest_worst,
     lowest_worst_with_margin,
 )
 from benchmarks.lib.summary import complete, scores
@@ -188,6 +189,13 @@ def test_the_lowest_median_wins_and_failures_are_last(records, chosen):
 )
 def test_the_worst_seed_and_a_margin_choose(records, chosen):
     assert lowest_worst_with_margin(records) == chosen
+
+
+def test_the_worst_seed_chooses_without_a_margin():
+    records = tuned(1, 0.2, 0.2, 0.2) + tuned(2, 0.1, 0.1, 0.3)
+    assert lowest_worst(records + tuned(3, 0.1, 0.1, 0.9)) == 1
+    assert lowest_worst(records + tuned(3, 0.15, 0.15, 0.15)) == 3
+    assert lowest_worst(tuned(1, 0.9, 0.1) + tuned(2, 0.9, 0.9)) == 1
 
 
 # The grid

@@ -36,6 +36,12 @@ def lowest_median(tuned: Iterable[Record]) -> float:
     )
 
 
+def lowest_worst(tuned: Iterable[Record]) -> float:
+    """The rate whose worst tuning seed is best; else `lowest_median`'s rules hold."""
+    by_rate = _by_rate(tuned)
+    return _lowest_worst(by_rate, sorted(by_rate))
+
+
 def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:
     """The rate whose worst tuning seed is best, a step away from where seeds fail.
 
@@ -51,9 +57,14 @@ def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:
         for rate, larger in pairwise(rates)
         if not any(record["failed"] for record in by_rate[larger])
     ]
+    return _lowest_worst(by_rate, safe or rates)
+
+
+def _lowest_worst(
+    by_rate: Mapping[float, Sequence[Record]], rates: Sequence[float]
+) -> float:
     return min(
-        safe or rates,
-        key=lambda rate: (max(_errors(by_rate[rate])), *_rest(by_rate, rate)),
+        rates, key=lambda rate: (max(_errors(by_rate[rate])), *_rest(by_rate, rate))
     )
 
 

@@ -23,7 +23,7 @@ from benchmarks.lib.suite import (
     curve,
     entries,
     keep_error,
-    lowest_worst_with_margin,
+    lowest_worst,
 )
 from benchmarks.lib.train import Curves, Rule, Training, record_steps
 from benchmarks.tasks.control.environments import ENVIRONMENTS
@@ -40,7 +40,8 @@ TREATMENTS = (
     "skip spikes",
     "unit norm by leaf",
 )
-RATES = OPTIMIZERS["Adam"].rates
+# Wider than in the other suites, where two arms had their best rate at the end.
+RATES = (1e-4, *OPTIMIZERS["Adam"].rates, 1e-1)
 EPISODES = 64  # of every score
 _PHASES: tuple[Phase, ...] = ("tuning", "reported")
 
@@ -75,7 +76,8 @@ def env_steps(settings: Settings) -> int:
     return rollouts * settings["copies"] * settings["horizon"]
 
 
-_PROTOCOL = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin)
+# Without a margin: seeds fail here at any rate, and not beyond an edge.
+_PROTOCOL = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst)
 
 PRESETS = {
     "smoke": Preset(
