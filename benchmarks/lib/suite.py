@@ -37,9 +37,13 @@ def lowest_median(tuned: Iterable[Record]) -> float:
 
 
 def lowest_worst(tuned: Iterable[Record]) -> float:
-    """The rate whose worst tuning seed is best; else `lowest_median`'s rules hold."""
+    """The rate whose worst tuning seed is best.
+
+    A failed run counts as an infinite error; between rates whose worst are equal the
+    one with fewer failures wins, then the one with the lower mean error (1 at most).
+    """
     by_rate = _by_rate(tuned)
-    return _lowest_worst(by_rate, sorted(by_rate))
+    return _lowest_worst(by_rate, tuple(by_rate))
 
 
 def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:

@@ -95,7 +95,7 @@ OTHERS = tuple(
 SOLVERS = (
     *pairs(["none"], ["AdamW", "AdamW b2=0.9"]),
     *pairs(["clip 1", "StableGrad"], ["Muon"]),
-    "none | SOAP",
+    *pairs(["none"], ["SOAP", "Muon"]),
 )
 SOLVERS_RATES = {
     "AdamW": (3e-3, 1e-2, 3e-2),

@@ -95,10 +95,10 @@ def _focus(table: Scores) -> dict[str, int]:
 _TEXT = f"""\
 Relative L2 errors after the last step. A run fails if its error is above \
 {FAILURE_ERROR} or not a number. Each arm's learning rate is that of its set \
-with the lowest median error over the tuning seeds, failures last, unless the preset \
-fixes it; medians are over the reported seeds, an error counting 1 at most. All arms \
-have equal steps, initial weights and points; float32, products at the highest \
-precision; rates fall to 0 along a half cosine."""
+with the lowest median error over the tuning seeds, failures last, unless a preset \
+fixes it or names another rule; medians are over the reported seeds, an error \
+counting 1 at most. All arms have equal steps, initial weights and points; float32, \
+products at the highest precision; rates fall to 0 along a half cosine."""
 
 
 def _count(table: Scores) -> str:
@@ -162,10 +162,10 @@ def _seeds_figure(table: Scores) -> Figure | None:
     return figure
 
 
-def _depth_figure(table: Scores) -> Figure:
+def _depth_figure(table: Scores) -> Figure | None:
     """Error against depth, a panel for each start at equal steps or equal wall-clock.
 
-    Panels of a single depth are drawn only where there are no others.
+    Where there is more than one depth.
     """
     panels_of: dict[Cell, dict[int, dict[str, Score]]] = {}
     for cell in sorted(table, key=lambda cell: cell[3]):
@@ -173,7 +173,8 @@ def _depth_figure(table: Scores) -> Figure:
             panels_of.setdefault(name, {})[cell[3]] = table[cell]
     names = list(dict.fromkeys(name for cell in table for name in _alike(cell)))
     order = [name for name in names if len(panels_of[name]) > 1]
-    order = order or [at_equal_steps for at_equal_steps, _ in map(_alike, table)]
+    if not order:
+        return None
     num_columns = min(4, len(order))
     num_rows = -(-len(order) // num_columns)
     size, arms = (3 + 2.7 * num_columns, 1.2 + 2.5 * num_rows), _focus(table)

@@ -3,9 +3,8 @@
 The recipe is CleanRL's and PureJaxRL's (`benchmarks/tasks/control/ppo.py`): rollouts of
 128 steps, 4 epochs of 4 minibatches, 4 copies of a classic environment. Of it the
 preset "cpu" cuts what would take more than an hour of one core: CartPole and Acrobot
-have 125 thousand steps in place of half a million, after which rates a factor of 30
-apart end alike; Breakout has 16 copies and 400 thousand steps in place of 64 and ten
-million.
+have 125 thousand steps in place of half a million, Breakout has 16 copies and 400
+thousand steps in place of 64 and ten million.
 """
 
 from collections.abc import Iterable
@@ -40,7 +39,7 @@ TREATMENTS = (
     "skip spikes",
     "unit norm by leaf",
 )
-# Wider than in the other suites, where two arms had their best rate at the end.
+# Wider than the optimizer's own set, at whose ends some arms had their best rate.
 RATES = (1e-4, *OPTIMIZERS["Adam"].rates, 1e-1)
 EPISODES = 64  # of every score
 _PHASES: tuple[Phase, ...] = ("tuning", "reported")
@@ -77,7 +76,7 @@ def env_steps(settings: Settings) -> int:
 
 
 # Without a margin: seeds fail here at any rate, and not beyond an edge.
-_PROTOCOL = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst)
+_PROTOCOL = Protocol((0, 1, 2), tuple(range(400, 410)), lowest_worst)
 
 PRESETS = {
     "smoke": Preset(

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lib import figures, noise, panels
-from benchmarks.lib.arms import in_order
+from benchmarks.lib.arms import SEPARATOR, Arm, in_order
+from benchmarks.lib.claims import Claim
 from benchmarks.lib.pages import Page, num_cells
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.summary import Cell, Score, Scores, level
@@ -33,6 +34,24 @@ missing, between 0 and 1: {
 0.5, here an arm; Adam's epsilon is Optax's, and rates fall to 0 along a half cosine. \
 All arms have equal updates, initial weights and rates to choose from; the experience \
 is each policy's own."""
+
+
+# What a text may say, if the runs carry it: that a treatment is better than none.
+CLAIMS = tuple(
+    Claim(
+        f"{arm.treatment} before Adam errs less than nothing.",
+        "errs less",
+        arm.name,
+        f"none{SEPARATOR}{arm.optimizer}",
+        tuple(
+            tuple(group[0].settings[name] for name in SUITE.cell)
+            for group in SUITE.presets["cpu"].groups
+            if group[0].settings["arm"] == arm.name
+        ),
+    )
+    for arm in map(Arm.of, ARMS)
+    if arm.treatment != "none"
+)
 
 
 def _summary(table: Scores) -> str:
@@ -134,4 +153,6 @@ PAGE = Page(
     _summary,
     {"seeds": _seeds_figure, "curves": _curves_figure},
     _tables,
+    claims=CLAIMS,
+    named=_name,
 )

@@ -66,8 +66,8 @@ def fourier_features(
     """The features cos(k x) and sin(k x), and some of the coordinates beside them.
 
     Args:
-        wave_vectors: the k. Where none but whole multiples of (pi, 0) know the first
-            coordinate, whatever is built on them has period 2 in it.
+        wave_vectors: the k. Where all their first components are whole multiples of
+            pi, whatever is built on them has period 2 in the first coordinate.
         beside: which coordinates are features as they are.
     """
     matrix, kept = np.asarray(wave_vectors, np.float32).T, list(beside)

@@ -296,18 +296,19 @@ def _activation_aware(
     shape = network.kernel_shape(layer)
     if layer == network.depth:
         return {"kernel": shape[0] ** -0.5 * jax.random.normal(key, shape)}
-    initializer = _aware_initializer(network.activation, first=layer == 0)
+    # Of coordinates uniform in [-1, 1], or in [0, 1]; of sines.
+    moment = 1 / 3 if network.embedding is identity else 1 / 2
+    initializer = _aware_initializer(network.activation, moment if layer == 0 else None)
     return _with_zero_bias(network, layer, initializer(key, shape))
 
 
 @cache
 def _aware_initializer(
-    activation: str, *, first: bool
+    activation: str, input_second_moment: float | None
 ) -> jax.nn.initializers.Initializer:
-    # Coordinates uniform in [-1, 1], or in [0, 1], have the second moment 1/3.
     return activation_aware_normal(
         lambda z: ACTIVATIONS[activation](z).value,
-        input_second_moment=1 / 3 if first else None,
+        input_second_moment=input_second_moment,
     )
 
 
