@@ -29,6 +29,7 @@ COLUMN = {
     "near": score(LOW + 0.005),
     "fails": score(np.where(np.arange(10) < 6, 1.0, HIGH), num_failed=6),
     "lost": score(np.ones(10), num_failed=10),
+    "zero": score(np.zeros(10)),
 }
 
 
@@ -68,6 +69,12 @@ def test_level_arms_and_lost_ones():
     assert row("is level", "low", "near")[-1] == "carried"
     assert row("is level", "low", "high")[-1] == "not carried"
     assert row("is level", "lost", "lost")[-1] == "both fail"
+
+
+def test_where_errors_are_0_there_is_no_ratio():
+    _, ratio, *_, verdict = row("errs less", "high", "zero")
+    assert (ratio, verdict) == ("-", "**the opposite**")
+    assert row("errs less", "zero", "high")[-1] == "carried"
 
 
 def test_what_is_not_run_is_said():

@@ -175,6 +175,7 @@ def test_nothing_is_added_from_beyond_an_end_and_the_next_episode_starts(trained
     )
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_alone():
     """Of fixed weights, through a rollout and into the next."""
     keys = jax.random.split(jax.random.key(7), 2)
@@ -197,7 +198,14 @@ def test_runs_side_by_side_are_those_of_one_alone():
             )
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "Breakout-MinAtar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CartPole-v1",
+        "Acrobot-v1",
+        pytest.param("Breakout-MinAtar", marks=pytest.mark.slow),
+    ],
+)
 def test_chance_is_what_uniformly_random_actions_score(name):
     """Zero weights are that policy; within four standard errors of 256 episodes."""
     task = Ppo(ENVIRONMENTS[name], copies=1, horizon=4, minibatches=1)

@@ -80,7 +80,7 @@ def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[
         distance = one.num_failed / one.num_runs - other.num_failed / other.num_runs
     else:
         p = float(stats.mannwhitneyu(one.errors, other.errors).pvalue)
-        distance = ratio - 1
+        distance = one.median - other.median
     verdict = "not carried"
     if claim.says == "is level":
         if len(level({"one": one, "other": other})) == 2:
@@ -91,7 +91,7 @@ def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[
         verdict = "both fail"
     return [
         "{} of {}, {} of {}".format(*counts),
-        ranged(ratio, interval, ".2f", bold=False),
+        ranged(ratio, interval, ".2f", bold=False) if other.median else "-",
         str(min(one.num_runs, other.num_runs)),
         f"{p:.2g}",
         verdict,
@@ -99,7 +99,12 @@ def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[
 
 
 def ratio_of_medians(one: Score, other: Score) -> tuple[float, tuple[float, float]]:
-    """And its bootstrap interval, the seeds of each arm drawn for itself."""
+    """And its bootstrap interval, the seeds of each arm drawn for itself.
+
+    Neither is a number where the other's errors are 0.
+    """
     rng = np.random.default_rng(0)
     drawn = [noise.resampled(score.errors, rng=rng) for score in (one, other)]
-    return one.median / other.median, noise.interval(np.divide(*drawn))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(np.divide(one.median, other.median))
+        return ratio, noise.interval(np.divide(*drawn))
