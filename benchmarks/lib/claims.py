@@ -37,8 +37,9 @@ def table(
     """Markdown: whether the seeds carry each claim, in each of its cells.
 
     To fail less is tested by Fisher's exact test of the failures, to err less by
-    Mann and Whitney's of the errors, both two-sided, at 0.05 over the number of rows.
-    To be level is `noise.level` of the two: not to be told apart by so many seeds.
+    Mann and Whitney's of the errors, both two-sided, at 0.05 over the number of rows
+    that were run. To be level is `noise.level` of the two: not to be told apart by so
+    many seeds.
 
     Args:
         claims: what is claimed.
@@ -46,29 +47,40 @@ def table(
             than one has both in that with the most seeds.
         title: what a cell is called.
     """
-    cells = [(claim, cell) for claim in claims for cell in claim.cells]
-    threshold = 0.05 / len(cells)
-    presets, rows = list(presets), []
-    for claim, cell in cells:
-        columns = (scores.get(cell, {}) for scores in presets)
-        both = [
-            (arms[claim.one], arms[claim.other])
-            for arms in columns
-            if {claim.one, claim.other} <= arms.keys()
-        ]
+    presets = list(presets)
+    found = [
+        (claim, cell, _scores(claim, cell, presets))
+        for claim in claims
+        for cell in claim.cells
+    ]
+    num_run = sum(both is not None for *_, both in found)
+    threshold, rows = 0.05 / max(1, num_run), []
+    for claim, cell, both in found:
         evidence = ["-", "-", "-", "-", "not run"]
-        if both:
-            one, other = max(both, key=lambda scores: min(s.num_runs for s in scores))
-            evidence = _evidence(claim, one, other, threshold)
+        if both is not None:
+            evidence = _evidence(claim, *both, threshold)
         rows.append([claim.sentence, title(cell), claim.one, claim.other, *evidence])
     head = ["claim", "cell", "one arm", "the other", "failed runs"]
     head += ["ratio of the errors", "seeds", "p", "so"]
     return (
         "What may be said, and what carries it. p is Fisher's for failures, Mann and "
-        f"Whitney's for errors, two-sided; with {len(cells)} rows it must be below "
-        f"{threshold:.2g}. Level is what so many seeds do not tell apart.\n\n"
+        f"Whitney's for errors, two-sided; with {num_run} rows that were run it must "
+        f"be below {threshold:.2g}. Level is what so many seeds do not tell apart.\n\n"
         f"{markdown_table(head, rows, num_names=4)}"
     )
+
+
+def _scores(
+    claim: Claim, cell: Cell, presets: Iterable[Scores]
+) -> tuple[Score, Score] | None:
+    """Both arms' in the cell, of the preset that has the most seeds of both."""
+    columns = (scores.get(cell, {}) for scores in presets)
+    both = [
+        (arms[claim.one], arms[claim.other])
+        for arms in columns
+        if {claim.one, claim.other} <= arms.keys()
+    ]
+    return max(both, key=lambda pair: min(s.num_runs for s in pair), default=None)
 
 
 def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[str]:
