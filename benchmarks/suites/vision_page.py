@@ -1,5 +1,6 @@
 """Tables and figures of the vision grids, from the file of their runs alone."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -237,10 +238,12 @@ def _gradients_figure(table: Scores) -> Figure | None:
         row[0].set_ylim(_std_limits([table[cell][arm] for arm in arms]))
         row[0].set_ylabel(r"std of $\partial L/\partial W$")
     figure.colorbar(mesh, ax=axes, label="share of the kernels, first reported seed")
-    figure.suptitle(
+    title = (
         "Gradient std of every kernel, before the arm acts; lines: median and "
-        "quartiles over\nkernels, median over seeds; bands from lowest to highest seed",
-        fontsize=10,
+        "quartiles over kernels, median over seeds; bands from lowest to highest seed"
+    )
+    figure.suptitle(
+        textwrap.fill(title, min(85, int(12 * figure.get_figwidth()))), fontsize=10
     )
     return figure
 
