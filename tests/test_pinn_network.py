@@ -69,10 +69,8 @@ def test_streams_agree_with_jax_hessian(activation, depth):
 @pytest.mark.parametrize(
     "activation",
     [
-        "tanh",
-        "gelu",
-        pytest.param("sin", marks=pytest.mark.slow),
-        pytest.param("silu", marks=pytest.mark.slow),
+        pytest.param(name, marks=pytest.mark.slow if name in ("sin", "silu") else ())
+        for name in ACTIVATIONS
     ],
 )
 def test_their_gradient_agrees_with_jax(activation):

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 PALETTE = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000")
 LINE_STYLES = ("-", "--", "-.", "-", "--", "-.", ":")
+DOTTED = {"color": "0.5", "linewidth": 1, "linestyle": ":"}  # a limit
 FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
 
 
@@ -60,7 +61,7 @@ def legend(figure: Figure, arms: Mapping[str, int]) -> None:
 
 def failure_line(ax: Axes, failure: float) -> None:
     """The error above which a run has failed."""
-    ax.axhline(failure, color="0.5", linewidth=1, linestyle=":")
+    ax.axhline(failure, **DOTTED)
     ax.annotate(
         "failed",
         (0.02, failure),

@@ -27,7 +27,7 @@ def regret_figure(table: Scores) -> Figure | None:
     ax.plot([], [], "o", color=figures.PALETTE[3], ms=4, label="solved by every run")
     ax.plot([], [], "x", color=figures.PALETTE[0], ms=5, label="failed in some run")
     ax.plot([], [], color="k", linewidth=1.5, label="median over cells")
-    ax.axvline(1.25, color="0.5", linewidth=1, linestyle=":")
+    ax.axvline(1.25, **figures.DOTTED)
     ax.set(
         xscale="log",
         xlabel="median error over that of the cell's best arm (dotted: 1.25)",

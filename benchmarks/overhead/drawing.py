@@ -88,7 +88,7 @@ def _draw_compilation(ax: Axes, records: dict[Key, Record]) -> None:
         )
         if points:
             ax.plot(*zip(*points, strict=True), **style(arm), label=arm)
-    ax.axhline(3, color="0.5", linewidth=1, linestyle=":")
+    ax.axhline(3, **figures.DOTTED)
     ax.axhline(1, color="0.5", linewidth=1)
     ax.set(xscale="log", xlabel="leaves", ylabel="time to compile over adamw's")
     ax.set_title("tracing and compilation")
@@ -116,7 +116,7 @@ def compiled_figure(records: dict[Key, Record]) -> Figure | None:
         for ax, name in zip(column, ("bytes", "kernels"), strict=True):
             _draw_compiled(ax, records, target, name)
         column[0].set_title(f"compiled for {compilers.TARGETS[target].title}")
-        column[0].axhline(8 / 7, color="0.5", linewidth=1, linestyle=":")
+        column[0].axhline(8 / 7, **figures.DOTTED)
         column[1].set(yscale="log")
         ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
         column[1].set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -66,14 +66,11 @@ BEHIND = (
     "none | AdamW",
 )
 # Which part of Muon needs a scale control: its matrices, or the leaves of its Adam?
-ABLATION = pairs(
+ON_A_PART = pairs(
     [
-        "none",
-        *(
-            f"{name}{part}"
-            for name in ("StableGrad", "clip 1")
-            for part in ("", " on matrices", " on biases")
-        ),
+        f"{name} on {part}"
+        for name in ("StableGrad", "clip 1")
+        for part in ("matrices", "biases")
     ],
     ["Muon"],
 )
@@ -84,12 +81,11 @@ CANDIDATES = (
     *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
 )
 # The other optimizers that are used, alone and with what differed most before Muon.
-_OTHER_OPTIMIZERS = ("SOAP", "Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion")
-OTHERS = tuple(
-    f"{treatment} | {optimizer}"
-    for treatments in (("none", "StableGrad"), ("clip 1", "unit norm by leaf"))
-    for optimizer in _OTHER_OPTIMIZERS
-    for treatment in treatments
+OTHERS = (
+    *pairs(["none", "StableGrad", "clip 1", "unit norm by leaf"], ["SOAP"]),
+    *pairs(
+        ["none", "StableGrad"], ["Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion"]
+    ),
 )
 # Of problems that are solved: what anyone would use, and the best of `behind`.
 SOLVERS = (
@@ -108,10 +104,7 @@ AT_ANY_DEPTH = (
     "none | AdamW",
     *pairs(["clip 1", "StableGrad", "unit norm by leaf"], ["Muon"]),
 )
-DEPTH_RATES = {
-    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
-}
+DEPTH_RATES = {"Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}  # of the others all of theirs
 # Where the scale of the optimizer's input differs from the others'.
 RATES = {
     "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
@@ -213,8 +206,6 @@ _AT_DEPTHS = (
         for depth in (8, 4, 16, 2)
     ),
 )
-_FIRST = _groups("behind", _DEEP[:3], BEHIND[:7])
-_WITH_MARGIN = Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin)
 _PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
 
 PRESETS = {
@@ -270,10 +261,17 @@ PRESETS = {
         workers=2,
     ),
     "behind": Preset(
-        [*_FIRST, *(g for g in _groups("behind", _DEEP, BEHIND) if g not in _FIRST)],
-        _WITH_MARGIN,
-        "2 hours on 2 idle cores",
-        "Muon and AdamW behind each scale control, depth 32 and 50",
+        [
+            *_groups("behind", _DEEP[:3], BEHIND[:7]),
+            *_groups("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
+            *_groups("behind", _DEEP[:1], BEHIND[7:]),
+            *_groups("behind", _DEEP[:3], OTHERS[:4]),
+            *_groups("behind", (_DEEP[0], _DEEP[2]), OTHERS[4:]),
+            *_groups("behind", _DEEP[3:], (*BEHIND[:4], "none | AdamW b2=0.9")),
+        ],
+        Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
+        "3 hours on 2 idle cores",
+        "optimizers behind scale controls, or parts of them, depth 32 and 50",
         workers=2,
     ),
     "confirm": Preset(
@@ -295,25 +293,14 @@ PRESETS = {
     ),
     "depth": Preset(
         entries(
-            "depth", _AT_DEPTHS, AT_ANY_DEPTH, lambda arm: DEPTH_RATES[arm.optimizer]
+            "depth",
+            _AT_DEPTHS,
+            AT_ANY_DEPTH,
+            lambda arm: DEPTH_RATES.get(arm.optimizer, arm.rates),
         ),
         Protocol((0, 1, 2), tuple(range(600, 605)), lowest_worst_with_margin),
         "half an hour on 2 idle cores",
         "depth 2 to 50 at equal steps and at equal wall-clock",
-        workers=2,
-    ),
-    "ablation": Preset(
-        _groups("ablation", (_DEEP[0], _DEEP[2]), ABLATION),
-        _WITH_MARGIN,
-        "an hour on 2 idle cores",
-        "scale control of Muon's matrices alone, or of its biases alone",
-        workers=2,
-    ),
-    "optimizers": Preset(
-        _groups("optimizers", _DEEP[:3], OTHERS),
-        _WITH_MARGIN,
-        "2 hours on 2 idle cores",
-        "SOAP, Lion, Nadam, warm-up and a short memory, in the hard cells of behind",
         workers=2,
     ),
     # Estimated: 12 ms a step of the 48 runs that tune, 8 of the 16 that are reported,

@@ -152,7 +152,7 @@ def _seeds_figure(table: Scores) -> Figure | None:
             ax.fill_betweenx(
                 [row - 0.35, row + 0.35], low, high, color=shade, alpha=0.3
             )
-        ax.axvline(FAILURE_ERROR, color="0.5", linewidth=1, linestyle=":")
+        ax.axvline(FAILURE_ERROR, **figures.DOTTED)
         ax.set(xscale="log", xlabel="relative $L_2$ error")
     figure.suptitle(
         "One dot a seed, crosses: failed, bars: median, shaded: its interval (green: "

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lib import figures, noise, panels
-from benchmarks.lib.arms import SEPARATOR, Arm, in_order
+from benchmarks.lib.arms import SEPARATOR, Arm, among
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.pages import Page, num_cells
 from benchmarks.lib.regret import regret_table
@@ -107,7 +107,7 @@ def _seeds_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every environment."""
     figure, axes, _ = panels.seeds(table, ARMS, _name, _returns, height=0.28)
     for cell, ax in axes.items():
-        ax.axvline(_failure_return(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.axvline(_failure_return(cell), **figures.DOTTED)
         ax.set(xlabel="return after training")
     figure.suptitle(
         "One dot a seed, crosses: failed (left of the dotted line), bars: median",
@@ -118,8 +118,8 @@ def _seeds_figure(table: Scores) -> Figure:
 
 def _curves_figure(table: Scores) -> Figure:
     """Return against steps of the environment, a panel an environment."""
-    arms = {arm: place for place, arm in enumerate(FOCUS)}
-    drawn = {a: place for a, place in arms.items() if a in in_order(table.values())}
+    # An arm has one colour in every figure.
+    drawn = {arm: FOCUS.index(arm) for arm in among(table.values(), FOCUS)}
     figure, axes = figures.panels(len(table), 2.8)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         thousands = _env_steps(cell) / cell[-1] / 1e3  # in an update
@@ -128,7 +128,7 @@ def _curves_figure(table: Scores) -> Figure:
             return thousands * score.steps
 
         panels.curves(ax, column, drawn, lambda score: score.curve("return"), x)
-        ax.axhline(_failure_return(cell), color="0.5", linewidth=1, linestyle=":")
+        ax.axhline(_failure_return(cell), **figures.DOTTED)
         ax.set(xlabel="steps of the environment (thousands)")
         ax.set_title(cell[0], fontsize=10)
     for ax in axes[::4]:

@@ -167,6 +167,9 @@ _MUON = (
         for model in (_PLAIN, "ResNet-56")
     ),
 )
+_on_batchnorm = partial(
+    _groups, model="ResNet-20", width=8, norm="batch", treatments=_AUTOSCALED
+)
 _on_cifar = partial(_groups, "cifar", data="cifar10-jpeg", rates=(0.01,), scored=1000)
 _CIFAR = (
     _on_cifar(
@@ -255,26 +258,15 @@ PRESETS = {
         workers=2,
     ),
     "autoscaled": Preset(
-        _groups(
-            "autoscaled",
-            "ResNet-20",
-            8,
-            "batch",
-            treatments=_AUTOSCALED,
-            rates=(1e-2, *_RATES_WITH_BATCHNORM, 1.0),
-        ),
+        _on_batchnorm("autoscaled", rates=(1e-2, *_RATES_WITH_BATCHNORM, 1.0)),
         Protocol((0, 1, 2), tuple(range(200, 205))),
         "3 minutes on 2 idle cores",
         "Gradient Autoscaled Normalization with BatchNorm, on digits",
         workers=2,
     ),
     "cifar-autoscaled": Preset(
-        _groups(
+        _on_batchnorm(
             "cifar-autoscaled",
-            "ResNet-20",
-            8,
-            "batch",
-            treatments=_AUTOSCALED,
             rates=_RATES_WITH_BATCHNORM,
             data="cifar10-jpeg",
             scored=2000,

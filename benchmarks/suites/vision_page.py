@@ -33,7 +33,6 @@ FOCUS = (
     "unit norm by leaf",
 )
 HISTOGRAMS = ("none", "clip 1", "StableGrad 0.01")
-_DOTTED = {"color": "0.5", "linewidth": 1, "linestyle": ":"}
 _DASHED = {"color": "0.3", "linewidth": 1, "linestyle": "--"}
 NUM_HISTOGRAMS = 3  # cells, the first of the preset that have these arms
 
@@ -187,7 +186,7 @@ def _accuracy_figure(table: Scores) -> Figure:
     """One dot a seed; every arm, every cell."""
     figure, axes, _ = panels.seeds(table, TREATMENTS, _title, _accuracies, np.mean)
     for cell, ax in axes.items():
-        ax.axvline(_failure_percent(cell), **_DOTTED)
+        ax.axvline(_failure_percent(cell), **figures.DOTTED)
         if (target := _target(table, cell)) is not None:
             ax.axvline(target, **_DASHED)
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
@@ -206,7 +205,7 @@ def _curves_figure(table: Scores) -> Figure:
     figure, axes = figures.panels(len(table), 2.4, sharey=True)
     for ax, (cell, column) in zip(axes, table.items(), strict=True):
         panels.curves(ax, column, arms, lambda score: 100 * score.curve("accuracy"))
-        ax.axhline(_failure_percent(cell), **_DOTTED)
+        ax.axhline(_failure_percent(cell), **figures.DOTTED)
         if (target := _target(table, cell)) is not None:
             ax.axhline(target, **_DASHED)
         ax.set(xlabel="step", ylim=(0, 100))

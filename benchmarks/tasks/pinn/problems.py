@@ -186,7 +186,7 @@ def _sine_product(
     domain: tuple[Interval, Interval],
     *,
     num_points: int = 64,
-    embedding: Function = identity,
+    feature_stds: tuple[float, ...] = (),
 ) -> Problem:
     """Lap u + k^2 u = q with u = sin(a1 pi x) sin(a2 pi y), u = 0 on the boundary."""
 
@@ -220,7 +220,7 @@ def _sine_product(
         ),
         solution=solution,
         grid_shape=(51, 51),
-        embedding=embedding,
+        embedding=_drawn_features(*feature_stds) if feature_stds else identity,
     )
 
 
@@ -376,35 +376,31 @@ def _wave() -> Problem:
 _UNIT: tuple[Interval, Interval] = ((0.0, 1.0), (0.0, 1.0))
 _SYMMETRIC: tuple[Interval, Interval] = ((-1.0, 1.0), (-1.0, 1.0))
 
+_poisson = partial(_sine_product, waves=(1, 1), wavenumber=0.0, domain=_UNIT)
+_helmholtz_1_4 = partial(_sine_product, waves=(1, 4), wavenumber=1.0, domain=_SYMMETRIC)
+_helmholtz_4_4 = partial(_sine_product, waves=(4, 4), wavenumber=1.0, domain=_UNIT)
+
 # name -> how to make it; a problem is made where it is asked for, not at import.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     # 64 points and a plain network: seconds of training, and deep networks fail.
-    "poisson": partial(_sine_product, "poisson", (1, 1), 0.0, _UNIT),
-    "helmholtz_1_4": partial(_sine_product, "helmholtz_1_4", (1, 4), 1.0, _SYMMETRIC),
-    "helmholtz_4_4": partial(_sine_product, "helmholtz_4_4", (4, 4), 1.0, _UNIT),
+    "poisson": partial(_poisson, "poisson"),
+    "helmholtz_1_4": partial(_helmholtz_1_4, "helmholtz_1_4"),
+    "helmholtz_4_4": partial(_helmholtz_4_4, "helmholtz_4_4"),
     "burgers": partial(_burgers, "burgers"),
     "allen_cahn": _allen_cahn,
     # More points, and what the field builds in: a shallow network solves them.
-    "poisson, 128 points": partial(
-        _sine_product, "poisson, 128 points", (1, 1), 0.0, _UNIT, num_points=128
-    ),
+    "poisson, 128 points": partial(_poisson, "poisson, 128 points", num_points=128),
     "helmholtz_1_4, Fourier features": partial(
-        _sine_product,
+        _helmholtz_1_4,
         "helmholtz_1_4, Fourier features",
-        (1, 4),
-        1.0,
-        _SYMMETRIC,
         num_points=128,
-        embedding=_drawn_features(2.0, 6.0),
+        feature_stds=(2.0, 6.0),
     ),
     "helmholtz_4_4, Fourier features": partial(
-        _sine_product,
+        _helmholtz_4_4,
         "helmholtz_4_4, Fourier features",
-        (4, 4),
-        1.0,
-        _UNIT,
         num_points=128,
-        embedding=_drawn_features(6.0, 6.0),
+        feature_stds=(6.0, 6.0),
     ),
     "burgers, 128 points": partial(_burgers, "burgers, 128 points", 128),
     "allen_cahn, periodic, exact start": _allen_cahn_built_in,
