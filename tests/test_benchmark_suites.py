@@ -126,7 +126,13 @@ def test_committed_results_are_whole_presets_or_said_not_to_be(suite):
 
 
 @pytest.mark.recent_xla  # before, a resumed run could differ in its last digits
-@pytest.mark.parametrize("suite", suites.NAMES)
+@pytest.mark.parametrize(
+    "suite",
+    [
+        pytest.param(name, marks=() if name == "pinn" else pytest.mark.slow)
+        for name in suites.NAMES
+    ],
+)
 def test_smoke_runs_resumes_and_is_reported(suite, tmp_path, capsys, monkeypatch):
     path = tmp_path / f"{suite}.jsonl"
     run = ["run", suite, "--preset", "smoke", "--results", str(path)]

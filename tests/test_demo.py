@@ -81,6 +81,7 @@ def test_a_figure_is_whole_or_what_was_there_before(where, tmp_path, monkeypatch
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_width_of_1_is_drawn(tmp_path):
     """Its inner kernels have one entry: no spread, and no factor."""
     path = tmp_path / "figure.png"

@@ -309,6 +309,7 @@ def test_rates_follow_the_gradients_scale_under_momentum_alone():
         assert entry.learning_rates == expected
 
 
+@pytest.mark.slow
 def test_times_of_steps_are_over_the_first():
     (cell, *_) = vision.SUITE.timed
     trainings = {

@@ -157,6 +157,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
 
 
+@pytest.mark.slow
 def test_the_command_measures_shows_keeps_and_resumes(small, tmp_path, capsys):
     args = ["--quick", "--output", str(tmp_path), "--parts", "updates", "compile"]
     assert command.main(args) == 0

@@ -69,7 +69,7 @@ def test_streams_agree_with_jax_hessian(activation, depth):
 @pytest.mark.parametrize(
     "activation",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("sin", "silu") else ())
+        pytest.param(name, marks=() if name == "tanh" else pytest.mark.slow)
         for name in ACTIVATIONS
     ],
 )

@@ -244,6 +244,7 @@ def test_training_is_adam_on_the_named_batches():
     assert curves.num_params == num_params
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_float16_is_skipped_and_the_next_is_not():
     """Loss times 1e4 in the first update, whose scale is 2^16 already."""
     training = training_of(

@@ -264,8 +264,8 @@ PRESETS = {
         [
             *_groups("behind", _DEEP[:3], BEHIND[:7]),
             *_groups("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
-            *_groups("behind", _DEEP[:1], BEHIND[7:]),
-            *_groups("behind", _DEEP[:3], OTHERS[:4]),
+            *_groups("behind", _DEEP[:1], BEHIND[10:]),
+            *_groups("behind", _DEEP[:3], (*OTHERS[:4], *BEHIND[7:10])),
             *_groups("behind", (_DEEP[0], _DEEP[2]), OTHERS[4:]),
             *_groups("behind", _DEEP[3:], (*BEHIND[:4], "none | AdamW b2=0.9")),
         ],
