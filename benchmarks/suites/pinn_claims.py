@@ -21,6 +21,9 @@ SHALLOW = tuple(
         "allen_cahn, periodic, exact start",
         "wave, exact start and ends",
         "burgers, 128 points",
+        "helmholtz_4_4, Fourier features",
+        "helmholtz_1_4, Fourier features",
+        "poisson, 128 points",
     )
 )
 OURS = "StableGrad | Muon"
@@ -70,12 +73,51 @@ CLAIMS = (
         "clip 1 | Muon",
         (EXPLODING, LESS_STEEP),
     ),
+    *(
+        Claim(
+            f"In shallow nets {what} is level with StableGrad before Muon.",
+            "is level",
+            OURS,
+            other,
+            SHALLOW,
+        )
+        for what, other in (
+            ("a clip before Muon", "clip 1 | Muon"),
+            ("Muon alone", "none | Muon"),
+        )
+    ),
     Claim(
-        "In shallow nets a clip before Muon is level with StableGrad.",
-        "is level",
+        "In shallow nets SOAP alone errs less than Muon behind StableGrad.",
+        "errs less",
+        "none | SOAP",
         OURS,
-        "clip 1 | Muon",
         SHALLOW,
+    ),
+    *(
+        Claim(
+            f"{other} alone fails more often than Muon behind StableGrad.",
+            "fails less",
+            OURS,
+            f"none | {other}",
+            cells,
+        )
+        for other, cells in (
+            ("SOAP", HARD),
+            *(
+                (other, (NATURAL, EXPLODING))
+                for other in ("Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion")
+            ),
+        )
+    ),
+    *(
+        Claim(
+            f"Before SOAP, {name} fails less often than nothing.",
+            "fails less",
+            f"{name} | SOAP",
+            "none | SOAP",
+            HARD,
+        )
+        for name in ("StableGrad", "unit norm by leaf", "clip 1")
     ),
     Claim(
         "The unit norm of each leaf, which has no constant, is level with StableGrad.",

@@ -252,7 +252,7 @@ PRESETS = {
     ),
     "muon": Preset(
         list(chain(*_MUON)),
-        Protocol((0, 1, 2), tuple(range(200, 205)), lowest_worst_with_margin),
+        Protocol((0, 1, 2), tuple(range(200, 210)), lowest_worst_with_margin),
         "30 minutes on 2 idle cores",
         "Muon behind each scale control, without BatchNorm, on digits",
         workers=2,

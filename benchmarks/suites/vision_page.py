@@ -16,8 +16,8 @@ from benchmarks.lib.runs import Record
 from benchmarks.lib.summary import Cell, Score, Scores, level
 from benchmarks.lib.tables import arms_table, error_table, ranged
 from benchmarks.suites.vision import TREATMENTS
+from benchmarks.suites.vision_claims import CELL, CLAIMS
 
-CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
 CHANCE = {"cifar100": 1.0}  # per cent; 10 where a data set is not named
 # The arms of the figures with lines; tables and the dots have all of them.
 FOCUS = (
@@ -111,6 +111,11 @@ def _setting(cell: Cell) -> str:
     return (
         f"{model}, width {width}, {optimizer}, {_how(cell)}, {steps} steps of {batch}"
     )
+
+
+def _name(cell: Cell) -> str:
+    data, norm, *_ = cell
+    return f"{data}, {_norm(norm)}, {_setting(cell)}"
 
 
 def _accuracies(score: Score) -> np.ndarray:
@@ -300,4 +305,6 @@ PAGE = Page(
     },
     _accuracy_tables,
     _times_section,
+    CLAIMS,
+    _name,
 )
