@@ -102,7 +102,7 @@ PRESETS = {
             *_groups("cpu", "Breakout-MinAtar", copies=16, rollouts=195),
         ],
         _PROTOCOL,
-        "an hour on 1 idle core: estimated",
+        "an hour and a half on 1 idle core",
         "three environments, 125 to 400 thousand steps",
     ),
     # As PureJaxRL has it, 64 copies and 8 minibatches, but for 3 of ten million steps.
