@@ -267,7 +267,7 @@ PRESETS = {
     "cifar-autoscaled": Preset(
         _on_batchnorm(
             "cifar-autoscaled",
-            rates=_RATES_WITH_BATCHNORM,
+            rates=(1e-2, *_RATES_WITH_BATCHNORM),
             data="cifar10-jpeg",
             scored=2000,
         ),
