@@ -272,7 +272,7 @@ PRESETS = {
             scored=2000,
         ),
         Protocol((0, 1, 2), tuple(range(200, 205))),
-        "10 minutes on 2 idle cores",
+        "25 minutes on 1 idle core",
         "the same on CIFAR-10 (JPEG)",
         workers=2,
     ),
