@@ -47,23 +47,13 @@ ARMS = (
     *pairs(["none"], ["NovoGrad", "LAMB"]),
     *pairs(["none", "clip 1", "StableGrad"], ["momentum"]),
 )
-# The optimizer behind: Muon with and without a scale control, and the best of AdamW's.
-# What differs most comes first, as below for the cells.
-BEHIND = (
-    *pairs(
-        [
-            "StableGrad",
-            "none",
-            "unit norm by leaf",
-            "clip 1",
-            "GradientStabilizer .7 .9",
-        ],
-        ["Muon"],
-    ),
+# The optimizer behind. Before Muon: what a recommendation may be of, and what costs as
+# much. What differs most comes first, as below for the cells.
+CANDIDATES = pairs(["StableGrad", "none", "unit norm by leaf", "clip 1"], ["Muon"])
+ALTERNATIVES = (
+    "GradientStabilizer .7 .9 | Muon",
     *pairs(["none", "clip 1"], ["Muon eps=1e-30"]),
-    *pairs(["unit norm", "GradientStabilizer"], ["Muon"]),
-    *pairs(["StableGrad", "none", "clip 1"], ["AdamW b2=0.9"]),
-    "none | AdamW",
+    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
 )
 # Which part of Muon needs a scale control: its matrices, or the leaves of its Adam?
 ON_A_PART = pairs(
@@ -74,18 +64,15 @@ ON_A_PART = pairs(
     ],
     ["Muon"],
 )
-# What a recommendation may be of; the best in `behind`, and what costs as much.
-CANDIDATES = (
-    *pairs(["StableGrad", "unit norm by leaf", "clip 1", "none"], ["Muon"]),
-    "clip 1 | Muon eps=1e-30",
-    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
-)
+ADAMW = (*pairs(["none", "clip 1"], ["AdamW b2=0.9"]), "none | AdamW")
 # The other optimizers that are used, alone and with what differed most before Muon.
 OTHERS = (
     *pairs(["none", "StableGrad", "clip 1", "unit norm by leaf"], ["SOAP"]),
-    *pairs(
-        ["none", "StableGrad"], ["Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion"]
-    ),
+    *pairs(["unit norm", "GradientStabilizer"], ["Muon"]),
+    "StableGrad | AdamW b2=0.9",
+)
+AND_OTHERS = pairs(
+    ["none", "StableGrad"], ["Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion"]
 )
 # Of problems that are solved: what anyone would use, and the best of `behind`.
 SOLVERS = (
@@ -262,12 +249,12 @@ PRESETS = {
     ),
     "behind": Preset(
         [
-            *_groups("behind", _DEEP[:3], BEHIND[:7]),
+            *_groups("behind", _DEEP[:3], (*CANDIDATES, *ALTERNATIVES[:3])),
             *_groups("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
-            *_groups("behind", _DEEP[:1], BEHIND[10:]),
-            *_groups("behind", _DEEP[:3], (*OTHERS[:4], *BEHIND[7:10])),
-            *_groups("behind", (_DEEP[0], _DEEP[2]), OTHERS[4:]),
-            *_groups("behind", _DEEP[3:], (*BEHIND[:4], "none | AdamW b2=0.9")),
+            *_groups("behind", _DEEP[:1], ADAMW),
+            *_groups("behind", _DEEP[:3], OTHERS),
+            *_groups("behind", (_DEEP[0], _DEEP[2]), AND_OTHERS),
+            *_groups("behind", _DEEP[3:], (*CANDIDATES, ADAMW[0])),
         ],
         Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
         "3 hours on 2 idle cores",
@@ -276,8 +263,8 @@ PRESETS = {
     ),
     "confirm": Preset(
         [
-            *_groups("confirm", _FRESH, CANDIDATES[:4]),
-            *_groups("confirm", _FRESH, CANDIDATES[4:]),
+            *_groups("confirm", _FRESH, CANDIDATES),
+            *_groups("confirm", _FRESH, ALTERNATIVES[2:]),
         ],
         Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
         "2 hours on 2 idle cores",
@@ -299,7 +286,7 @@ PRESETS = {
             lambda arm: DEPTH_RATES.get(arm.optimizer, arm.rates),
         ),
         Protocol((0, 1, 2), tuple(range(600, 605)), lowest_worst_with_margin),
-        "half an hour on 2 idle cores",
+        "an hour on 2 idle cores",
         "depth 2 to 50 at equal steps and at equal wall-clock",
         workers=2,
     ),
