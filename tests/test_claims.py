@@ -65,6 +65,11 @@ def test_with_more_rows_more_is_asked():
     assert row("errs less", "low", "high", others)[-1] == "carried"
 
 
+def test_rows_that_ask_for_no_p_raise_none():
+    others = [Claim("Another.", "is level", "low", "high", (("cell",),) * 9)]
+    assert row("fails less", "low", "fails", others)[-1] == "carried"
+
+
 def test_level_arms_and_lost_ones():
     assert row("is level", "low", "near")[-1] == "carried"
     assert row("is level", "low", "high")[-1] == "not carried"

@@ -38,8 +38,8 @@ def table(
 
     To fail less is tested by Fisher's exact test of the failures, to err less by
     Mann and Whitney's of the errors, both two-sided, at 0.05 over the number of rows
-    that were run. To be level is `noise.level` of the two: not to be told apart by so
-    many seeds.
+    that were run and ask for a p. To be level asks for none: it is `noise.level` of the
+    two, not to be told apart by so many seeds.
 
     Args:
         claims: what is claimed.
@@ -53,8 +53,10 @@ def table(
         for claim in claims
         for cell in claim.cells
     ]
-    num_run = sum(both is not None for *_, both in found)
-    threshold, rows = 0.05 / max(1, num_run), []
+    num_tests = sum(
+        both is not None and claim.says != "is level" for claim, _, both in found
+    )
+    threshold, rows = 0.05 / max(1, num_tests), []
     for claim, cell, both in found:
         evidence = ["-", "-", "-", "-", "not run"]
         if both is not None:
@@ -64,8 +66,9 @@ def table(
     head += ["ratio of the errors", "seeds", "p", "so"]
     return (
         "What may be said, and what carries it. p is Fisher's for failures, Mann and "
-        f"Whitney's for errors, two-sided; with {num_run} rows that were run it must "
-        f"be below {threshold:.2g}. Level is what so many seeds do not tell apart.\n\n"
+        f"Whitney's for errors, two-sided; with {num_tests} rows that were run and ask "
+        f"for one it must be below {threshold:.2g}. Level is what so many seeds do not "
+        "tell apart.\n\n"
         f"{markdown_table(head, rows, num_names=4)}"
     )
 
