@@ -9,8 +9,7 @@ from benchmarks.lib.arms import Arm
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.summary import Score
 from benchmarks.suites.pinn import PRESETS
-from benchmarks.suites.pinn_claims import CLAIMS
-from benchmarks.suites.pinn_page import CELL
+from benchmarks.suites.pinn_claims import CELL, CLAIMS
 
 
 def score(errors, num_failed=0):

@@ -88,14 +88,15 @@ def test_a_run_is_the_plain_loop_with_optax_own_schedule():
 
 def test_the_key_decides_and_nothing_else():
     first, again, alone = trial(), trial(), trial(parallel=1)
-    other = trial(key=jax.random.PRNGKey(1))  # of the old style
+    other = trial(key=jax.random.key(1))
     np.testing.assert_array_equal(first.best.scores, again.best.scores)
     np.testing.assert_array_equal(first.best.curves, again.best.curves)
     # Side by side or not: rounding alone.
     np.testing.assert_allclose(first.best.scores, alone.best.scores, rtol=1e-3)
     np.testing.assert_allclose(first.best.tuning, alone.best.tuning, rtol=1e-3)
     assert np.all(first.best.scores != other.best.scores)
-    assert other.best.scores.shape == (4,)
+    old_style = trial(key=jax.random.PRNGKey(0))
+    assert old_style.best.scores.shape == (4,)
 
 
 def test_all_optimizers_meet_the_same_starts_and_batches():

@@ -50,11 +50,7 @@ ARMS = (
 # The optimizer behind. Before Muon: what a recommendation may be of, and what costs as
 # much. What differs most comes first, as below for the cells.
 CANDIDATES = pairs(["StableGrad", "none", "unit norm by leaf", "clip 1"], ["Muon"])
-ALTERNATIVES = (
-    "GradientStabilizer .7 .9 | Muon",
-    *pairs(["none", "clip 1"], ["Muon eps=1e-30"]),
-    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
-)
+CLIPPED_WITHOUT_EPS = "clip 1 | Muon eps=1e-30"
 # Which part of Muon needs a scale control: its matrices, or the leaves of its Adam?
 ON_A_PART = pairs(
     [
@@ -66,12 +62,8 @@ ON_A_PART = pairs(
 )
 ADAMW = (*pairs(["none", "clip 1"], ["AdamW b2=0.9"]), "none | AdamW")
 # The other optimizers that are used, alone and with what differed most before Muon.
-OTHERS = (
-    *pairs(["none", "StableGrad", "clip 1", "unit norm by leaf"], ["SOAP"]),
-    *pairs(["unit norm", "GradientStabilizer"], ["Muon"]),
-    "StableGrad | AdamW b2=0.9",
-)
-AND_OTHERS = pairs(
+SOAP = pairs(["none", "StableGrad", "clip 1", "unit norm by leaf"], ["SOAP"])
+OTHERS = pairs(
     ["none", "StableGrad"], ["Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion"]
 )
 # Of problems that are solved: what anyone would use, and the best of `behind`.
@@ -173,7 +165,7 @@ _FRESH = (
     _cell("poisson", "normal 5/3", 50, steps=1500),
 )
 # What tells the field's remedies first; then what a plain network solves as well.
-_SOLVED = tuple(
+SOLVED = tuple(
     _cell(problem, "glorot", 4, width=64, steps=10_000)
     for problem in (
         "allen_cahn, periodic, exact start",
@@ -249,12 +241,29 @@ PRESETS = {
     ),
     "behind": Preset(
         [
-            *_groups("behind", _DEEP[:3], (*CANDIDATES, *ALTERNATIVES[:3])),
+            *_groups(
+                "behind",
+                _DEEP[:3],
+                (
+                    *CANDIDATES,
+                    "GradientStabilizer .7 .9 | Muon",
+                    "none | Muon eps=1e-30",
+                    CLIPPED_WITHOUT_EPS,
+                ),
+            ),
             *_groups("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
             *_groups("behind", _DEEP[:1], ADAMW),
-            *_groups("behind", _DEEP[:3], OTHERS),
-            *_groups("behind", (_DEEP[0], _DEEP[2]), AND_OTHERS),
-            *_groups("behind", _DEEP[3:], (*CANDIDATES, ADAMW[0])),
+            *_groups(
+                "behind",
+                _DEEP[:3],
+                (
+                    *SOAP,
+                    *pairs(["unit norm", "GradientStabilizer"], ["Muon"]),
+                    "StableGrad | AdamW b2=0.9",
+                ),
+            ),
+            *_groups("behind", (_DEEP[0], _DEEP[2]), OTHERS),
+            *_groups("behind", _DEEP[3:], (*CANDIDATES, "none | AdamW b2=0.9")),
         ],
         Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
         "3 hours on 2 idle cores",
@@ -264,7 +273,14 @@ PRESETS = {
     "confirm": Preset(
         [
             *_groups("confirm", _FRESH, CANDIDATES),
-            *_groups("confirm", _FRESH, ALTERNATIVES[2:]),
+            *_groups(
+                "confirm",
+                _FRESH,
+                (
+                    CLIPPED_WITHOUT_EPS,
+                    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
+                ),
+            ),
         ],
         Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
         "2 hours on 2 idle cores",
@@ -272,7 +288,7 @@ PRESETS = {
         workers=2,
     ),
     "solved": Preset(
-        entries("solved", _SOLVED, SOLVERS, lambda arm: SOLVERS_RATES[arm.optimizer]),
+        entries("solved", SOLVED, SOLVERS, lambda arm: SOLVERS_RATES[arm.optimizer]),
         Protocol((0, 1), tuple(range(500, 505))),
         "an hour on 2 idle cores",
         "six problems as the field solves them, depth 4, width 64, 10,000 steps",

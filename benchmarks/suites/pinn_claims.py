@@ -2,6 +2,9 @@
 
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.summary import Cell
+from benchmarks.suites.pinn import SOLVED
+
+CELL = ("problem", "activation", "init", "depth", "width", "steps")
 
 
 def _poisson(init: str, depth: int, activation: str = "tanh") -> Cell:
@@ -15,17 +18,7 @@ DEEPER = _poisson("normal 5/3", 50)
 # In between; nothing was chosen on these.
 GELU, LESS_DEEP = _poisson("uniform", 24, "gelu"), _poisson("normal 0.3", 24)
 LESS_STEEP = _poisson("normal 1.4", 50)
-SHALLOW = tuple(
-    (problem, "tanh", "glorot", 4, 64, 10_000)
-    for problem in (
-        "allen_cahn, periodic, exact start",
-        "wave, exact start and ends",
-        "burgers, 128 points",
-        "helmholtz_4_4, Fourier features",
-        "helmholtz_1_4, Fourier features",
-        "poisson, 128 points",
-    )
-)
+SHALLOW = tuple(tuple(settings[name] for name in CELL) for settings in SOLVED)
 OURS = "StableGrad | Muon"
 BEHIND_ADAM = "StableGrad | AdamW b2=0.9"
 

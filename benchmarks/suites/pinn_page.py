@@ -13,10 +13,9 @@ from benchmarks.lib.regret import regret_table, versus_table
 from benchmarks.lib.summary import Cell, Score, Scores, complete, level
 from benchmarks.lib.tables import error_table
 from benchmarks.suites.pinn import ARMS
-from benchmarks.suites.pinn_claims import CLAIMS
+from benchmarks.suites.pinn_claims import CELL, CLAIMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR
 
-CELL = ("problem", "activation", "init", "depth", "width", "steps")
 # The arms of the figures with lines; tables and the regret figure have all of them.
 FOCUS = (
     "none | AdamW",
