@@ -84,6 +84,16 @@ AT_ANY_DEPTH = (
     *pairs(["clip 1", "StableGrad", "unit norm by leaf"], ["Muon"]),
 )
 DEPTH_RATES = {"Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}  # of the others all of theirs
+# Does a rate, once chosen, serve the same loss in another unit? At depth 4 the best of
+# the preset `depth`, before momentum of `cpu`.
+_SCALED = ("none", "clip 1", "StableGrad", "unit norm by leaf")
+UNITS_RATES = {
+    **dict.fromkeys(pairs(_SCALED, ["AdamW"]), 1e-2),
+    **dict.fromkeys(pairs(_SCALED, ["Muon"]), 8e-3),
+    "none | momentum": 1e-4,
+    "clip 1 | momentum": 1e-1,
+    "StableGrad | momentum": 3e-3,
+}
 # Where the scale of the optimizer's input differs from the others'.
 RATES = {
     "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
@@ -185,6 +195,15 @@ _AT_DEPTHS = (
         for depth in (8, 4, 16, 2)
     ),
 )
+IN_UNITS = tuple(
+    _cell(problem, "uniform", 4, steps=1500)
+    for problem in (
+        "poisson",
+        "poisson, loss times 1e-4",
+        "poisson, loss times 1e-8",
+        "poisson, loss times 1e4",
+    )
+)
 _PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
 
 PRESETS = {
@@ -272,14 +291,11 @@ PRESETS = {
     ),
     "confirm": Preset(
         [
-            *_groups("confirm", _FRESH, CANDIDATES),
+            *_groups("confirm", _FRESH, (*CANDIDATES, CLIPPED_WITHOUT_EPS)),
             *_groups(
                 "confirm",
-                _FRESH,
-                (
-                    CLIPPED_WITHOUT_EPS,
-                    *pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
-                ),
+                (_FRESH[3], _FRESH[5]),
+                pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
             ),
         ],
         Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
@@ -305,6 +321,12 @@ PRESETS = {
         "an hour on 2 idle cores",
         "depth 2 to 50 at equal steps and at equal wall-clock",
         workers=2,
+    ),
+    "units": Preset(
+        entries("units", IN_UNITS, UNITS_RATES, lambda arm: (UNITS_RATES[arm.name],)),
+        Protocol((), tuple(range(700, 710))),
+        "5 minutes on 1 idle core",
+        "the loss in four units, each arm at one rate, depth 4",
     ),
     # Estimated: 12 ms a step of the 48 runs that tune, 8 of the 16 that are reported,
     # 40 seconds of compilation for every arm.

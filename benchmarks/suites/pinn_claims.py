@@ -2,7 +2,7 @@
 
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.summary import Cell
-from benchmarks.suites.pinn import SOLVED
+from benchmarks.suites.pinn import IN_UNITS, SOLVED
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
 
@@ -18,7 +18,12 @@ DEEPER = _poisson("normal 5/3", 50)
 # In between; nothing was chosen on these.
 GELU, LESS_DEEP = _poisson("uniform", 24, "gelu"), _poisson("normal 0.3", 24)
 LESS_STEEP = _poisson("normal 1.4", 50)
-SHALLOW = tuple(tuple(settings[name] for name in CELL) for settings in SOLVED)
+SHALLOW, UNITS = (
+    tuple(tuple(settings[name] for name in CELL) for settings in cells)
+    for cells in (SOLVED, IN_UNITS)
+)
+SMALL = tuple(cell for cell in UNITS if "times 1e-" in cell[0])
+FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER)
 OURS = "StableGrad | Muon"
 BEHIND_ADAM = "StableGrad | AdamW b2=0.9"
 
@@ -36,7 +41,7 @@ CLAIMS = (
         "fails less",
         OURS,
         "none | Muon",
-        (*HARD, GELU, LESS_STEEP),
+        (*HARD, GELU, LESS_STEEP, DEEPER),
     ),
     Claim(
         "Muon's eps=1e-30 does not replace it.",
@@ -53,6 +58,13 @@ CLAIMS = (
         (NATURAL, VANISHING, GELU),
     ),
     Claim(
+        "A clip before Muon errs more than it.",
+        "errs less",
+        OURS,
+        "clip 1 | Muon",
+        (NATURAL, VANISHING),
+    ),
+    Claim(
         "One unit norm for the whole gradient fails more often than it.",
         "fails less",
         OURS,
@@ -64,7 +76,7 @@ CLAIMS = (
         "is level",
         OURS,
         "clip 1 | Muon",
-        (EXPLODING, LESS_STEEP),
+        (EXPLODING, LESS_STEEP, DEEPER),
     ),
     *(
         Claim(
@@ -117,14 +129,14 @@ CLAIMS = (
         "is level",
         OURS,
         "unit norm by leaf | Muon",
-        (*HARD, GELU, LESS_DEEP, LESS_STEEP),
+        (*HARD, *FRESH),
     ),
     Claim(
         "The unit norm of each leaf errs less than StableGrad.",
         "errs less",
         "unit norm by leaf | Muon",
         OURS,
-        (*HARD, GELU, LESS_DEEP, LESS_STEEP),
+        (*HARD, *FRESH),
     ),
     Claim(
         "GradientStabilizer with Stable-SPAM's constants is level with StableGrad.",
@@ -146,6 +158,27 @@ CLAIMS = (
         OURS,
         BEHIND_ADAM,
         HARD,
+    ),
+    Claim(
+        "Where the loss is small, StableGrad before momentum fails less than a clip.",
+        "fails less",
+        "StableGrad | momentum",
+        "clip 1 | momentum",
+        SMALL,
+    ),
+    Claim(
+        "Where the loss is small, StableGrad before AdamW errs less than a clip.",
+        "errs less",
+        "StableGrad | AdamW",
+        "clip 1 | AdamW",
+        SMALL,
+    ),
+    Claim(
+        "In every unit Muon alone is level with StableGrad before it.",
+        "is level",
+        OURS,
+        "none | Muon",
+        UNITS,
     ),
     Claim(
         "Where Muon alone trains, StableGrad before it errs more.",

@@ -187,6 +187,7 @@ def _sine_product(
     *,
     num_points: int = 64,
     feature_stds: tuple[float, ...] = (),
+    loss_scale: float = 1.0,
 ) -> Problem:
     """Lap u + k^2 u = q with u = sin(a1 pi x) sin(a2 pi y), u = 0 on the boundary."""
 
@@ -209,10 +210,16 @@ def _sine_product(
         inputs=("x", "y"),
         domain=domain,
         terms=(
-            Term("equation", 1.0, uniform(domain, num_points), laplacian, residual),
+            Term(
+                "equation",
+                loss_scale,
+                uniform(domain, num_points),
+                laplacian,
+                residual,
+            ),
             Term(
                 "boundary",
-                100.0,
+                100.0 * loss_scale,
                 uniform_on_ends(domain, num_points // 2, (0, 1)),
                 None,
                 _vanishes,
@@ -388,6 +395,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "helmholtz_4_4": partial(_helmholtz_4_4, "helmholtz_4_4"),
     "burgers": partial(_burgers, "burgers"),
     "allen_cahn": _allen_cahn,
+    # The same loss in another unit.
+    **{
+        name: partial(_poisson, name, loss_scale=loss_scale)
+        for name, loss_scale in (
+            ("poisson, loss times 1e-8", 1e-8),
+            ("poisson, loss times 1e-4", 1e-4),
+            ("poisson, loss times 1e4", 1e4),
+        )
+    },
     # More points, and what the field builds in: a shallow network solves them.
     "poisson, 128 points": partial(_poisson, "poisson, 128 points", num_points=128),
     "helmholtz_1_4, Fourier features": partial(
