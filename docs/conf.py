@@ -26,6 +26,13 @@ def copy(source: Path, target: Path, *suffixes: str) -> None:
 copy(ROOT / "notebooks", HERE / "notebooks", ".ipynb")
 copy(ROOT / "benchmarks" / "results", HERE / "results", ".md", ".png", ".svg")
 
+
+def link_to_copies(_: Sphinx, name: str, source: list[str]) -> None:
+    """A page leads to where a file is kept, so that it can be read without the site."""
+    del name
+    source[0] = source[0].replace("../benchmarks/results/", "results/")
+
+
 project = "stablegrad_optax"
 author = copyright = "The stablegrad_optax authors"
 version = release = stablegrad_optax.__version__
@@ -76,5 +83,6 @@ def block_math(writer: nodes.NodeVisitor, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Register the renderer; Sphinx calls this."""
+    """Register the renderer and what pages link to; Sphinx calls this."""
+    app.connect("source-read", link_to_copies)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
