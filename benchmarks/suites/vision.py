@@ -253,7 +253,7 @@ PRESETS = {
     "muon": Preset(
         list(chain(*_MUON)),
         Protocol((0, 1, 2), tuple(range(200, 210)), lowest_worst_with_margin),
-        "30 minutes on 2 idle cores",
+        "40 minutes on 1 idle core",
         "Muon behind each scale control, without BatchNorm, on digits",
         workers=2,
     ),

@@ -183,6 +183,13 @@ def _target(table: Scores, cell: Cell) -> float | None:
     return None if cell[1] == "batch" else max(means, default=None)
 
 
+def _suptitle(figure: Figure, table: Scores, title: str) -> None:
+    """The title, and what the dashed lines are where there are any."""
+    if any(_target(table, cell) is not None for cell in table):
+        title += ";\ndashed: mean of the same net with BatchNorm and no arm"
+    figure.suptitle(title, fontsize=10)
+
+
 def _failure_percent(cell: Cell) -> float:
     return 1.5 * CHANCE.get(str(cell[0]), 10.0)
 
@@ -195,10 +202,11 @@ def _accuracy_figure(table: Scores) -> Figure:
         if (target := _target(table, cell)) is not None:
             ax.axvline(target, **_DASHED)
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
-    figure.suptitle(
+    _suptitle(
+        figure,
+        table,
         "One dot a seed, crosses: failed (dotted line), bars: mean; rows without dots "
-        "were not run;\ndashed: mean of the same net with BatchNorm and no arm",
-        fontsize=10,
+        "were not run",
     )
     return figure
 
@@ -218,10 +226,10 @@ def _curves_figure(table: Scores) -> Figure:
     for ax in axes[::4]:
         ax.set_ylabel("test accuracy (%)")
     figures.legend(figure, arms)
-    figure.suptitle(
-        "Median over seeds; bands from lowest to highest; dotted: failed below;\n"
-        "dashed: mean of the same net with BatchNorm and no arm",
-        fontsize=10,
+    _suptitle(
+        figure,
+        table,
+        "Median over seeds; bands from lowest to highest; dotted: failed below",
     )
     return figure
 
