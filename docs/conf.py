@@ -27,9 +27,8 @@ copy(ROOT / "notebooks", HERE / "notebooks", ".ipynb")
 copy(ROOT / "benchmarks" / "results", HERE / "results", ".md", ".png", ".svg")
 
 
-def link_to_copies(_: Sphinx, name: str, source: list[str]) -> None:
+def link_to_copies(_app: Sphinx, _page: str, source: list[str]) -> None:
     """A page leads to where a file is kept, so that it can be read without the site."""
-    del name
     source[0] = source[0].replace("../benchmarks/results/", "results/")
 
 

@@ -166,13 +166,14 @@ _DEEP = (
     _cell("poisson", "normal 0.3", 32, steps=1500),
     *_cells("poisson", _TELLING, (32,), steps=1500),
 )
+_DEEPER = _cell("poisson", "normal 5/3", 50, steps=1500)
 # Three that nothing was chosen on, and three of the hard ones again, on fresh seeds.
 _FRESH = (
     _cell("poisson", "normal 0.3", 24, steps=1500),
     _cell("poisson", "uniform", 24, activation="gelu", steps=1500),
     _cell("poisson", "normal 1.4", 50, steps=1500),
     *_DEEP[:2],
-    _cell("poisson", "normal 5/3", 50, steps=1500),
+    _DEEPER,
 )
 # What tells the field's remedies first; then what a plain network solves as well.
 SOLVED = tuple(
@@ -220,10 +221,7 @@ PRESETS = {
     "twenty-seeds": Preset(
         _groups(
             "twenty-seeds",
-            (
-                _cell("poisson", "uniform", 32, steps=1500),
-                _cell("poisson", "normal 5/3", 50, steps=1500),
-            ),
+            (_cell("poisson", "uniform", 32, steps=1500), _DEEPER),
             (
                 *pairs(["StableGrad"], ["AdamW", "AdamW b2=0.99", "AdamW b2=0.9"]),
                 "none | AdamW b2=0.9",
@@ -294,7 +292,7 @@ PRESETS = {
             *_groups("confirm", _FRESH, (*CANDIDATES, CLIPPED_WITHOUT_EPS)),
             *_groups(
                 "confirm",
-                (_FRESH[3], _FRESH[5]),
+                (_DEEP[0], _DEEPER),
                 pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
             ),
         ],

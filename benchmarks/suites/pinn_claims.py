@@ -18,12 +18,10 @@ DEEPER = _poisson("normal 5/3", 50)
 # In between; nothing was chosen on these.
 GELU, LESS_DEEP = _poisson("uniform", 24, "gelu"), _poisson("normal 0.3", 24)
 LESS_STEEP = _poisson("normal 1.4", 50)
-SHALLOW, UNITS = (
-    tuple(tuple(settings[name] for name in CELL) for settings in cells)
-    for cells in (SOLVED, IN_UNITS)
-)
-SMALL = tuple(cell for cell in UNITS if "times 1e-" in cell[0])
 FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER)
+SHALLOW = tuple(tuple(settings[name] for name in CELL) for settings in SOLVED)
+UNITS = tuple(tuple(settings[name] for name in CELL) for settings in IN_UNITS)
+SMALL = tuple(cell for cell in UNITS if "times 1e-" in cell[0])
 OURS = "StableGrad | Muon"
 BEHIND_ADAM = "StableGrad | AdamW b2=0.9"
 
