@@ -126,10 +126,12 @@ def gradient_autoscaled_normalization(
       Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
       <https://arxiv.org/abs/2509.03677>`_, 2025
     """
-    if not callable(autoscale) and autoscale not in AUTOSCALES:
+    is_name = isinstance(autoscale, str) and autoscale in AUTOSCALES
+    if not callable(autoscale) and not is_name:
         raise ValueError(
-            f"autoscale must be one of {tuple(AUTOSCALES)} or a callable; got "
-            f"{autoscale!r}."
+            f"autoscale must be one of {tuple(AUTOSCALES)} or a callable, which "
+            "optax.inject_hyperparams takes for a schedule unless static_args names "
+            f"it; got {autoscale!r}."
         )
     if exponent is not None:
         require_number("exponent", exponent, at_least=0)

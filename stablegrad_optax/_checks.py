@@ -1,11 +1,14 @@
 """Checks of arguments: the name, what was given, what is allowed."""
 
+import inspect
 import math
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 
 def require_number(
@@ -23,6 +26,8 @@ def require_number(
     """
     if isinstance(value, jax.Array) and value.ndim == 0:
         return
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not (
         math.isfinite(value) and value >= at_least and above < value < below
@@ -57,3 +62,23 @@ def require_count(name: str, value: Any) -> None:
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
+def with_extra_args(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation, whose ``update`` takes any further arguments.
+
+    ``optax.MultiSteps`` takes them, and is of no type of optax that says so.
+
+    Raises:
+      ValueError: If it is no transformation.
+    """
+    init, update = getattr(tx, "init", None), getattr(tx, "update", None)
+    if not callable(init) or not callable(update):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, such as "
+            f"optax.adam(1e-3); got {tx!r}."
+        )
+    parameters = inspect.signature(update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return optax.GradientTransformationExtraArgs(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -155,7 +155,7 @@ def compare_optimizers(
         called once at the end. Default: the mean loss of 8 fresh batches, the same for
         all runs, or the loss of the whole data.
       failure_score: Runs with a score that is not below it failed. Default: the score
-        of the run's own initial parameters.
+        of the run's own initial parameters, where that is a number.
       key: A key of ``jax.random``.
       parallel: How many runs are trained side by side: each needs the memory of one.
       callback: ``callback(done, total, optimizer)`` after each group of runs, with the
@@ -278,9 +278,13 @@ def compare_optimizers(
 
 
 def _check_rates(learning_rates: Sequence[float]) -> list[float]:
+    if np.ndim(learning_rates) != 1:
+        raise ValueError(
+            f"learning_rates must be a sequence of numbers; got {learning_rates!r}."
+        )
     rates = sorted({float(rate) for rate in learning_rates})
-    for rate in rates:
-        require_number("learning_rates", rate, above=0)
+    for rate in rates:  # in float32
+        require_number("learning_rates", rate, at_least=float(np.finfo("f4").tiny))
     if not rates:
         raise ValueError("learning_rates must have at least one; got none.")
     return rates
@@ -293,6 +297,8 @@ def _check_optimizers(optimizers: Mapping[str, Factory]) -> None:
             f"{{name: learning rate -> optimizer}}; got {optimizers!r}."
         )
     for name, factory in optimizers.items():
+        if not isinstance(name, str):
+            raise ValueError(f"The names of optimizers must be strings; got {name!r}.")
         if not callable(factory):
             raise ValueError(
                 f"optimizers[{name!r}] must be a function of the learning rate that "

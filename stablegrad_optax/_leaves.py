@@ -70,20 +70,19 @@ class Leaf(NamedTuple):
 def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf]:
     """Describes every leaf of a tree of arrays or ``jax.ShapeDtypeStruct``.
 
-    A trailing attribute ``value`` is the box of a parameter (``nnx.Variable``,
-    linen's ``Partitioned``): it is neither part of the name nor a parent. Leaves that
-    would share a name are named by their full path, ``['a']['b']``.
+    A trailing attribute ``value``, if its node holds nothing else, is the box of a
+    parameter (``nnx.Variable``, linen's ``Partitioned``): neither part of the name nor
+    a parent. Leaves that would share a name have their full path, ``['a']['b']``.
     """
     leaves, full_names = [], []
-    for position, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
-        if path and getattr(path[-1], "name", None) == "value":
+    with_paths = jax.tree.leaves_with_path(tree)
+    boxes = _boxes([path for path, _ in with_paths])
+    for position, (path, leaf) in enumerate(with_paths):
+        if path[:-1] in boxes:
             path = path[:-1]
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         shape = tuple(getattr(leaf, "shape", ()))
-        dtype = getattr(leaf, "dtype", None)
-        dtype = jnp.result_type(leaf) if dtype is None else dtype
-        dtype = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
-        leaves.append(Leaf("/".join(keys), position, tuple(keys), shape, dtype))
+        leaves.append(Leaf("/".join(keys), position, tuple(keys), shape, _dtype(leaf)))
         full_names.append(jax.tree_util.keystr(path))
     counts = Counter(leaf.name for leaf in leaves)
     leaves = [
@@ -94,6 +93,29 @@ def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf
         return leaves
     stacked = _per_leaf("stacked_axes", stacked_axes, tree)
     return list(map(_stacked, leaves, stacked))
+
+
+def _boxes(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    """The nodes that hold a leaf ``value`` and nothing else."""
+    boxes: set[tuple[Any, ...]] = set()
+    others: set[tuple[Any, ...]] = set()
+    for path in paths:
+        is_value = bool(path) and getattr(path[-1], "name", None) == "value"
+        if is_value:
+            boxes.add(path[:-1])
+        others.update(path[:i] for i in range(len(path) - is_value))
+    return boxes - others
+
+
+def _dtype(leaf: Any) -> Any:
+    """Of an array or a number; ``object`` of what else a tree of parameters holds."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        is_number = isinstance(leaf, bool | int | float | complex)
+        dtype = jnp.result_type(leaf) if is_number else np.dtype(object)
+    if dtype == np.dtype(object):
+        return dtype
+    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
 
 
 def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
@@ -236,6 +258,8 @@ def require_gradients(
             )
     shapes = {} if params is None else {p.path: p.shape for p in describe(params)}
     for leaf in layout.leaves:
+        if params is not None and leaf.path not in shapes:
+            _raise_other(f"'{leaf.name}' is no parameter")
         shape = shapes.get(leaf.path, leaf.shape)
         if shape != leaf.shape:
             _raise_other(f"'{leaf.name}' has shape {leaf.shape}, the parameter {shape}")

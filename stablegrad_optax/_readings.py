@@ -1,5 +1,6 @@
 """What the transformations did: the factor of every leaf, and what to log of them."""
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +59,14 @@ def scale_factors(
             "gradient_autoscaled_normalization or clip_by_history; got a "
             f"{type(opt_state).__name__}."
         )
-    names = {leaf.id: leaf.name for leaf in describe(params)}
+    leaves = describe(params)
+    names = {leaf.id: leaf.name for leaf in leaves}
+    if len(names) < len(leaves):
+        alike = [leaf.name for leaf in leaves if leaf.name not in names.values()]
+        raise ValueError(
+            f"params has leaves of one checksum (CRC-32): {', '.join(alike)} cannot be "
+            "told from another. Rename them."
+        )
     factors: dict[str, np.ndarray] = {}
     for state in states:
         ids, scales = _leaf_ids(state), _read(state.scale_factors)
@@ -103,13 +111,16 @@ def health(
       scale_factor/<leaf>      of each scaled leaf, ``[0]`` and so on behind the name
                                of a stacked one; several methods are multiplied
       nonfinite_leaves         how many leaves had a spread that is not finite, in a
-                               slice at least
-      reference_std            the reference that ``stablegrad`` scaled to
+                               slice at least; a bias that follows a weight has that
+                               of the weight. ``gradient_autoscaled_normalization``
+                               keeps none
+      reference_std            the reference that ``stablegrad`` scaled to, the largest
+                               of several
       limited_leaves           how many ``clip_by_history`` clipped, in a slice at
                                least
       skipped_steps            how many steps ``skip_spikes`` has not taken, in all
-      last_deviation           of the last step, in running deviations; infinite if it
-                               was not finite
+      last_deviation           of the last step, in running deviations, the largest of
+                               several; infinite if it was not finite
       =======================  ====================================================
 
     Raises:
@@ -150,9 +161,11 @@ def health(
         if params is not None:
             values |= {f"scale_factor/{name}": x for name, x in factors.items()}
     for state in states:
-        for field, (name, reading) in _READINGS.items():
-            if hasattr(state, field):
-                values[name] = values.get(name, 0.0) + reading(state)
+        for field, (name, reading, join) in _READINGS.items():
+            if not hasattr(state, field) or _is_pooled(state, field):
+                continue
+            value = reading(state)
+            values[name] = join(values[name], value) if name in values else value
     return values
 
 
@@ -177,8 +190,6 @@ def _flat_factors(
 def _count_nonfinite(state: Any) -> float:
     """The leaves of which some slice has a spread that is not finite."""
     bad = ~np.isfinite(_one_step(_read(state.grad_std)))
-    if bad.ndim == 0:  # one for all leaves together
-        return float(bad) * len(np.unique(_leaf_ids(state)))
     return float(len(np.unique(_leaf_ids(state)[bad])))
 
 
@@ -192,14 +203,22 @@ def _number(field: str) -> Callable[[Any], float]:
     return lambda state: float(_read(getattr(state, field)))
 
 
-# A field of a state -> the name of what it says, and how to read it. A method joins
-# with a line. What several states of a chain say under one name is added up.
-_READINGS: dict[str, tuple[str, Callable[[Any], float]]] = {
-    "grad_std": ("nonfinite_leaves", _count_nonfinite),
-    "reference_std": ("reference_std", _number("reference_std")),
-    "is_limited": ("limited_leaves", _count_limited),
-    "num_skipped": ("skipped_steps", _number("num_skipped")),
-    "last_deviation": ("last_deviation", _number("last_deviation")),
+def _is_pooled(state: Any, field: str) -> bool:
+    """Whether a spread is one of all finite leaves together, which tells of none."""
+    ndim = _read(getattr(state, field)).ndim
+    return field == "grad_std" and ndim < _read(state.leaf_ids).ndim
+
+
+# A field of a state -> the name of what it says, how to read it, and how to join what
+# several states say under one name: counts are added.
+_READINGS: dict[
+    str, tuple[str, Callable[[Any], float], Callable[[float, float], float]]
+] = {
+    "grad_std": ("nonfinite_leaves", _count_nonfinite, operator.add),
+    "reference_std": ("reference_std", _number("reference_std"), max),
+    "is_limited": ("limited_leaves", _count_limited, operator.add),
+    "num_skipped": ("skipped_steps", _number("num_skipped"), operator.add),
+    "last_deviation": ("last_deviation", _number("last_deviation"), max),
 }
 
 

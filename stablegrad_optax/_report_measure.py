@@ -234,7 +234,12 @@ def read_history(
     leaves: Sequence[Leaf],
     rows: Sequence[list[LeafReport]],
 ) -> History:
-    """Spreads are the reciprocals of ``stablegrad``'s factors, up to one constant."""
+    """Spreads are the reciprocals of ``stablegrad``'s factors, up to one constant.
+
+    A factor of exactly 1 is what ``stablegrad`` leaves a gradient of zero: such a step
+    says nothing of the scale.
+    """
+    history = {name or "grads": factors for name, factors in history.items()}
     names = {leaf.name or "grads" for leaf in leaves}
     unknown = [name for name in history if name not in names]
     if unknown or not history:
@@ -256,11 +261,16 @@ def read_history(
                 "history must hold f[steps] or f[steps, slices], of two steps at "
                 f"least; got shape {array.shape} for '{name}'."
             )
+        if num_steps and len(array) != num_steps:
+            raise ValueError(
+                "history must hold the same steps of every leaf; got "
+                f"{len(array)} for '{name}' and {num_steps} for others."
+            )
         num_steps = len(array)
         if name not in counted:
             continue
         for i, of_slice in enumerate(array.reshape(num_steps, -1).T):
-            fine = of_slice[np.isfinite(of_slice) & (of_slice > 0)]
+            fine = of_slice[np.isfinite(of_slice) & (of_slice > 0) & (of_slice != 1)]
             if fine.size:
                 key = name if array.ndim == 1 else f"{name}[{i}]"
                 spreads[key] = 1 / fine

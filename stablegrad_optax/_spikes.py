@@ -1,5 +1,6 @@
 """skip_spikes: a step that stands out from those before it is not taken."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from jax import lax
 
 from stablegrad_optax import _leaves, _slices, _statistics
-from stablegrad_optax._checks import require_number, require_scalar
+from stablegrad_optax._checks import require_number, require_scalar, with_extra_args
 from stablegrad_optax._numerics import divide, mean_weights, widest_statistics_dtype
 
 # A deviation is taken as at least this share of the mean: training without noise would
@@ -92,8 +93,8 @@ def skip_spikes(
       losses: then every process decides alike.
 
     Raises:
-      ValueError: At construction for a number outside its range; in ``update`` for a
-        ``value`` that is no real scalar.
+      ValueError: At construction for a number outside its range or an ``inner`` that is
+        no transformation; in ``update`` for a ``value`` that is no real scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -132,7 +133,7 @@ def skip_spikes(
     require_number("max_deviation", max_deviation, above=1)
     require_number("decay", decay, at_least=0, below=1)
     require_number("warmup_steps", warmup_steps, at_least=0)
-    wrapped = optax.with_extra_args_support(inner)
+    wrapped = with_extra_args("inner", inner)
 
     def init_fn(params: optax.Params) -> SkipSpikesState:
         dtype = widest_statistics_dtype(leaf.dtype for leaf in _leaves.describe(params))
@@ -159,8 +160,8 @@ def skip_spikes(
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
         watched = [_statistics.together(norms.astype(dtype))]
         if value is not None:
-            # A Python float may be NaN or below 0, unlike other arguments.
-            loss = jnp.asarray(value) if isinstance(value, float) else value
+            # A number may be NaN or below 0, unlike other arguments.
+            loss = jnp.asarray(value) if isinstance(value, numbers.Real) else value
             watched.append(require_scalar("value", loss).astype(dtype))
             extra_args["value"] = value
         judged = _judge(watched, state, max_deviation, decay, warmup_steps)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from stablegrad_optax._checks import with_extra_args
 from stablegrad_optax._leaves import describe
 
 PyTree = Any
@@ -87,12 +88,8 @@ class Problem:
         init_key, data_key = jax.random.split(key)
         start = self.params(init_key)
         tx = factory(rate)
-        if not isinstance(tx, optax.GradientTransformation):
-            raise ValueError(
-                "An optimizer must be a function of the learning rate that returns an "
-                f"optax.GradientTransformation; got {tx!r}."
-            )
-        tx = optax.with_extra_args_support(tx)
+        made = "What a function of the learning rate that makes an optimizer returns"
+        tx = with_extra_args(made, tx)
 
         def step(carry: Any, count: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
@@ -204,7 +201,8 @@ class Trainer:
                 parts.append([np.asarray(field)[: len(part)] for field in outcome])
                 tick(len(part))
         score, limit, is_finite, losses = map(np.concatenate, zip(*parts, strict=True))
-        fine = is_finite & np.isfinite(score) & (score < limit)
+        # The score of the start, if that is the limit, may be no number.
+        fine = is_finite & np.isfinite(score) & ~(score >= limit)
         return np.where(fine, score.astype(np.float64), np.inf), losses
 
     @property
@@ -233,8 +231,9 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _real_scalar(name: str, value: Any) -> jax.Array:
-    if isinstance(value, tuple | list | dict):
-        raise ValueError(f"{name} must return a real scalar; got {value!r}.")
+    if value is None or isinstance(value, tuple | list | dict):
+        kind = type(value).__name__
+        raise ValueError(f"{name} must return a real scalar; got a {kind}.")
     array = jnp.asarray(value)
     if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(

@@ -144,6 +144,18 @@ def test_a_run_failed_that_is_no_better_than_its_start_or_than_is_asked():
     assert asked.best.num_failed == 4
 
 
+def test_a_score_that_is_no_number_at_the_start_fails_no_run():
+    def score(params):  # 0 / 0 where the bias starts
+        return jnp.sum(params["bias"]) / jnp.sum(jnp.abs(params["bias"]))
+
+    assert np.isfinite(trial(score=score).best.scores).all()
+
+
+def test_optimizers_of_multi_steps_are_taken():
+    factories = {"every 2": lambda rate: optax.MultiSteps(optax.adam(rate), 2)}
+    assert np.isfinite(trial(factories).best.scores).all()
+
+
 def test_finite_scores_of_parameters_that_are_not_finite_are_failures():
     result = trial(
         {"SGD": optax.sgd}, learning_rates=[1e30], score=lambda params: jnp.array(-1.0)
@@ -427,7 +439,7 @@ def test_bad_arguments():
         for value in (0, 1.5, True):
             with pytest.raises(ValueError, match=f"{name} must be an integer"):
                 trial(**{name: value})
-    for rates in ([0.0], [-1.0, 1.0], [np.nan]):
+    for rates in ([0.0], [-1.0, 1.0], [np.nan], [1e-50], 1e-2, "1e-2"):
         with pytest.raises(ValueError, match="learning_rates must be"):
             trial(learning_rates=rates)
     with pytest.raises(ValueError, match="learning_rates must have"):
@@ -439,6 +451,8 @@ def test_bad_arguments():
         trial({"Adam": optax.adam(1e-3)})
     with pytest.raises(ValueError, match="function of the learning rate that"):
         trial({"odd": lambda rate: 3})
+    with pytest.raises(ValueError, match="names of optimizers must be strings; got 1"):
+        trial({1: optax.adam})
     with pytest.raises(ValueError, match="key must be a key"):
         trial(key=0)
 

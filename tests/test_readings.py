@@ -187,3 +187,35 @@ def test_health_wants_one_step_outside_jit():
     assert np.isfinite(
         list(health(jax.tree.map(lambda x: x[-1], several)).values())
     ).all()
+
+
+def test_counts_are_added_and_levels_are_not():
+    grads = {"a": {"kernel": jnp.eye(2)}, "b": {"kernel": jnp.eye(2)}}
+    parts = {
+        "x": optax.chain(skip_spikes(stablegrad(3.0)), optax.sgd(1.0)),
+        "y": optax.chain(skip_spikes(stablegrad(2.0)), optax.sgd(0.1)),
+    }
+    tx = optax.partition(parts, {"a": "x", "b": "y"})
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    values = health(updated(tx, grads))
+    assert values["reference_std"] == 3
+    _, state = tx.update(bad, tx.init(grads), grads)
+    assert health(state)["skipped_steps"] == 2
+    nested = skip_spikes(skip_spikes(optax.identity(), warmup_steps=0), warmup_steps=0)
+    state = nested.init(grads)
+    for size in 1.0, 1.05:
+        _, state = nested.update(optax.tree.scale(size, grads), state)
+    assert health(state)["last_deviation"] == pytest.approx(5, rel=1e-4)
+
+
+def test_a_state_that_knows_no_leaf_counts_none_as_finite():
+    grads = {"a": jnp.eye(2), "b": jnp.eye(2) * jnp.nan}
+    tx = gradient_autoscaled_normalization()
+    assert "nonfinite_leaves" not in health(updated(tx, grads))
+
+
+def test_leaves_of_one_checksum_are_not_merged():
+    # CRC-32 knows no difference between these two words.
+    grads = {"plumless": jnp.eye(2), "buckeroo": 2 * jnp.eye(2)}
+    with pytest.raises(ValueError, match=r"one checksum .* cannot be told"):
+        scale_factors(updated(stablegrad(), grads), grads)

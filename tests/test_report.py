@@ -500,15 +500,21 @@ def test_the_scale_of_the_loss_alone_would_explain_it():
 
 
 def test_history_of_synthetic_steps():
-    grads, ones = layers_of(1.0, 2.0), np.ones(50)
+    # A factor of exactly 1 is that of a gradient of zero: such steps do not count.
+    grads, ones = layers_of(1.0, 2.0), np.full(50, 0.5)
 
     def after(grads, last):
         history = {"layer_0/kernel": ones, "layer_1/kernel": last}
         return gradient_report(grads, history=history)
 
-    report = after(grads, np.geomspace(1e-5, 1, 50))
+    report = after(grads, np.geomspace(5e-6, 0.5, 50))
     assert report.verdict == "exploding start"
     assert report.history.drifted == "layer_1/kernel"
+    for zeros in np.s_[:3], np.s_[-10:]:
+        factors = 1e-4 * ones
+        factors[zeros] = 1
+        report = gradient_report(grads, history={"layer_1/kernel": factors})
+        assert report.history.drift == 1
     # Unbalanced, or not, at its end, whatever the first gradient said.
     assert after(grads, 1e4 * ones).verdict == "unbalanced between layers"
     assert after(layers_of(1.0, 1e-5), ones).verdict == "no trouble seen"
@@ -516,9 +522,40 @@ def test_history_of_synthetic_steps():
         ({}, "no leaf"),
         ({"other": np.ones(5)}, "'other'"),
         ({"layer_0/kernel": 1.0}, r"got shape \(\) for 'layer_0/kernel'"),
+        ({"layer_0/kernel": ones, "layer_1/kernel": ones[1:]}, "got 49 .* and 50"),
     ):
         with pytest.raises(ValueError, match=message):
             gradient_report(grads, history=history)
+
+
+def test_history_of_a_weight_that_starts_without_a_gradient():
+    """A residual branch whose last layer starts at zero."""
+    net = {"first": jnp.eye(3), "last": jnp.zeros((3, 3))}
+    x = jax.random.normal(jax.random.key(0), (16, 3))
+
+    def loss(net):
+        return jnp.mean((x @ net["first"] @ net["last"] - 1e-2 * x) ** 2)
+
+    tx = optax.chain(stablegrad(), optax.sgd(1e-3))
+
+    def step(carry, _):
+        net, state = carry
+        updates, state = tx.update(jax.grad(loss)(net), state, net)
+        return (optax.apply_updates(net, updates), state), state
+
+    (net, _), states = jax.lax.scan(step, (net, tx.init(net)), length=50)
+    history = scale_factors(states, net)
+    assert history["first"][0] == 1
+    report = gradient_report(jax.grad(loss)(net), history=history)
+    assert report.history.drifted != "first" or report.history.drift < 100
+
+
+def test_the_history_of_a_single_array_has_its_name():
+    grads = jnp.array([[1.0, -2.0], [3.0, 0.5]])
+    _, state = stablegrad().update(grads, stablegrad().init(grads))
+    (factor,) = scale_factors(state, grads).values()
+    report = gradient_report(grads, history={"": [factor, 2 * factor]})
+    assert report.history.drifted == "grads"
 
 
 def test_five_thousand_leaves_in_a_second():

@@ -527,3 +527,31 @@ def test_bad_arguments_raise(kwargs, match):
 
 if __name__ == "__main__":
     print(*table(), sep="\n")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, lambda tx: tx.gradient_transformation()]
+)
+def test_what_update_is_given_reaches_the_optimizer_within_multi_steps(wrap):
+    params = {"kernel": jnp.array([[3.0, -3.0], [3.0, -3.0]])}
+    inner = optax.chain(stablegrad(None), optax.sgd(1.0))
+    tx = skip_spikes(wrap(optax.MultiSteps(inner, 1)))
+    updates, _ = tx.update(params, tx.init(params), params, prediction_grad_std=0.5)
+    np.testing.assert_allclose(updates["kernel"], -params["kernel"] / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [float, np.float16, np.float32, np.float64])
+def test_a_loss_may_be_any_number(number):
+    params = {"kernel": jnp.eye(2)}
+    tx = skip_spikes(optax.sgd(0.1))
+    for loss, num_skipped in ((-1, 0), ("nan", 1)):
+        _, state = tx.update(params, tx.init(params), params, value=number(loss))
+        assert state.num_skipped == num_skipped
+    _, state = tx.update(params, tx.init(params), params, value=-1)
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize("inner", [optax.adam, None, 1e-3])
+def test_what_is_no_transformation_raises(inner):
+    with pytest.raises(ValueError, match="inner must be an"):
+        skip_spikes(inner)

@@ -1,6 +1,7 @@
 """What the trees of real models are to every method: biases, stacks, masks."""
 
 import functools
+from typing import NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_trees_close, each_method
+from cases import assert_trees_close, assert_trees_equal, each_method
 
-from stablegrad_optax import scale_factors, stablegrad
+from stablegrad_optax import health, scale_factors, stablegrad
 
 
 def random_like(tree, seed=0):
@@ -156,3 +157,49 @@ def test_leaves_of_one_printed_name_are_told_apart(case):
     tx = optax.masked(case.tx, {"a": True, "a/b": False, "c": True})
     _, state = tx.update(grads, tx.init(grads), **case.extra_args)
     assert list(scale_factors(state, grads)) == ["['a']['b']", "c"]
+
+
+class _Attention(NamedTuple):
+    query: jax.Array
+    value: jax.Array
+    bias: jax.Array
+
+
+def test_a_field_called_value_is_a_leaf_like_any_other():
+    kernel = jnp.array([[1.0, -1.0], [1.0, -1.0]])
+    params = {
+        "attention": _Attention(kernel, 3 * kernel, jnp.ones(2)),
+        "scale": jnp.ones(()),
+    }
+    tx = stablegrad()
+    updates, state = tx.update(params, tx.init(params), params)
+    factors = scale_factors(state, params)
+    assert factors == pytest.approx(
+        {
+            "attention/query": 1,
+            "attention/value": 1 / 3,
+            # Of both weights under its own parent, pooled.
+            "attention/bias": 1 / np.sqrt(5),
+        }
+    )
+    assert updates["scale"] == 1
+
+
+@each_method
+def test_params_may_be_a_whole_equinox_model(case):
+    model = eqx.nn.MLP(3, 1, 4, 2, key=jax.random.key(0))
+    grads = eqx.filter_grad(lambda model: jnp.sum(model(jnp.ones(3)) ** 2))(model)
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    state = case.tx.init(arrays)
+    expected = case.tx.update(grads, state, arrays, **case.extra_args)
+    updated = case.tx.update(grads, state, model, **case.extra_args)
+    assert_trees_equal(updated, expected)
+    assert health(updated[1], model) == health(updated[1], arrays)
+
+
+@each_method
+def test_gradients_of_other_names_are_refused(case):
+    params = {"a": jnp.eye(2), "b": jnp.eye(2)}
+    grads, state = {"a": jnp.eye(2), "c": jnp.eye(2)}, case.tx.init(params)
+    with pytest.raises(ValueError, match="'c' is no parameter"):
+        case.tx.update(grads, state, params, **case.extra_args)
