@@ -183,6 +183,8 @@ def test_the_lowest_median_wins_and_failures_are_last(records, chosen):
         ),
         # The largest rate has none.
         (tuned(1, 0.3, 0.3) + tuned(2, 0.1, 0.1), 1),
+        # A rate that fails has no margin, whatever the next one does: the best of all.
+        (tuned(1, 0.9, 0.3) + tuned(2, 0.1, 0.2) + tuned(3, 0.1, 0.9), 2),
         # Nothing has a margin: the best of all.
         (tuned(1, 0.3, 0.3) + tuned(2, 0.6, 0.1) + tuned(3, 0.9, 0.9), 1),
     ],

@@ -7,7 +7,7 @@ from scipy import stats
 from benchmarks.lib import claims
 from benchmarks.lib.arms import Arm
 from benchmarks.lib.claims import Claim
-from benchmarks.lib.summary import Score
+from benchmarks.lib.summary import Score, cell_of
 from benchmarks.suites.pinn import PRESETS
 from benchmarks.suites.pinn_claims import CELL, CLAIMS
 
@@ -99,9 +99,22 @@ def test_the_preset_with_the_most_seeds_counts():
         assert "| 0 of 10, 0 of 10 |" in text
 
 
+def test_cells_may_be_counted_together():
+    claim = Claim(
+        "A sentence.", "fails less", "low", "high", (("a",), ("b",)), together=True
+    )
+    arms = {"low": score(LOW, 1), "high": score(HIGH, 4)}
+    both = {("a",): arms, ("b",): arms}
+    text = claims.table([claim], [both], lambda cell: cell[0])
+    assert "| 2 cells together | low | high | 2 of 20, 8 of 20 |" in text
+    p = stats.fisher_exact([[2, 18], [8, 12]]).pvalue
+    assert f"| 20 | {p:.2g} | not carried |" in text
+    assert "| not run |" in claims.table([claim], [{("a",): arms}], lambda c: c[0])
+
+
 def test_every_claim_is_of_arms_and_a_cell_of_one_preset():
     run = {
-        (tuple(e.settings[name] for name in CELL), e.settings["arm"], preset)
+        (cell_of(e.settings, CELL), e.settings["arm"], preset)
         for preset, of in PRESETS.items()
         for e in of.entries
     }

@@ -22,6 +22,7 @@ class Claim:
         one: the arm that does.
         other: the arm beside it.
         cells: one row of the table each.
+        together: whether they are one row instead, of all their runs.
     """
 
     sentence: str
@@ -29,6 +30,7 @@ class Claim:
     one: str
     other: str
     cells: tuple[Cell, ...]
+    together: bool = False
 
 
 def table(
@@ -48,20 +50,23 @@ def table(
         title: what a cell is called.
     """
     presets = list(presets)
-    found = [
-        (claim, cell, _scores(claim, cell, presets))
-        for claim in claims
-        for cell in claim.cells
-    ]
+    found: list[tuple[Claim, str, tuple[Score, Score] | None]] = []
+    for claim in claims:
+        pairs = [_scores(claim, cell, presets) for cell in claim.cells]
+        if claim.together:
+            found.append((claim, f"{len(pairs)} cells together", _pooled(pairs)))
+        else:
+            titles = map(title, claim.cells)
+            found += [(claim, *row) for row in zip(titles, pairs, strict=True)]
     num_tests = sum(
         both is not None and claim.says != "is level" for claim, _, both in found
     )
     threshold, rows = 0.05 / max(1, num_tests), []
-    for claim, cell, both in found:
+    for claim, where, both in found:
         evidence = ["-", "-", "-", "-", "not run"]
         if both is not None:
             evidence = _evidence(claim, *both, threshold)
-        rows.append([claim.sentence, title(cell), claim.one, claim.other, *evidence])
+        rows.append([claim.sentence, where, claim.one, claim.other, *evidence])
     head = ["claim", "cell", "one arm", "the other", "failed runs"]
     head += ["ratio of the errors", "seeds", "p", "so"]
     return (
@@ -84,6 +89,17 @@ def _scores(
         if {claim.one, claim.other} <= arms.keys()
     ]
     return max(both, key=lambda pair: min(s.num_runs for s in pair), default=None)
+
+
+def _pooled(
+    pairs: Sequence[tuple[Score, Score] | None],
+) -> tuple[Score, Score] | None:
+    """The runs of each arm in all cells, if all were run."""
+    if None in pairs:
+        return None
+    arms = zip(*(pair for pair in pairs if pair is not None), strict=True)
+    one, other = (Score(tuple(r for s in arm for r in s.records)) for arm in arms)
+    return one, other
 
 
 def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[str]:

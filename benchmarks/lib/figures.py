@@ -102,20 +102,25 @@ def grid(
 
 
 def panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
-    """So many panels, four in a row at most.
+    """So many panels: in one row up to five, else four in a row.
 
     Args:
         num: of panels.
         height: of each, in inches.
         **options: of `grid`.
     """
-    num_columns = min(4, num)
+    num_columns = num if num <= 5 else 4
     num_rows = -(-num // num_columns)
     size = max(9, 2.6 + 2.9 * num_columns), 1.2 + height * num_rows
     figure, axes = grid(num_rows, num_columns, size, **options)
     for ax in axes.flat[num:]:
         ax.set_axis_off()
     return figure, list(axes.flat[:num])
+
+
+def first_column(axes: Sequence[Axes]) -> list[Axes]:
+    """Of the panels those that stand on the left."""
+    return [ax for ax in axes if ax.get_subplotspec().is_first_col()]
 
 
 def dots(

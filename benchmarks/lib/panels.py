@@ -50,7 +50,7 @@ def curves_figure(table: Scores, name: Callable[[Cell], str]) -> Figure:
         curves(ax, column, places)
         ax.set(xscale="log", yscale="log", xlabel="step")
         ax.set_title(name(cell), fontsize=8)
-    for ax in axes[::4]:
+    for ax in figures.first_column(axes):
         ax.set_ylabel("error")
     figures.legend(figure, places)
     figure.suptitle("Median over seeds; bands from lowest to highest", fontsize=10)

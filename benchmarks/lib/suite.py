@@ -50,17 +50,15 @@ def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:
     """The rate whose worst tuning seed is best, a step away from where seeds fail.
 
     The best rate often stands beside one at which some seeds fail, and so few tuning
-    seeds as there are do not see that edge. A rate is therefore only taken if the next
-    larger one of the set failed on no tuning seed; so the largest never is. Where
-    nothing is left all rates may be taken; between equals `lowest_median`'s rules hold.
+    seeds as there are do not see that edge. A rate is therefore only taken if neither
+    it nor the next larger one of the set failed on a tuning seed; so the largest never
+    is. Where nothing is left all rates may be taken; between equals `lowest_median`'s
+    rules hold.
     """
     by_rate = _by_rate(tuned)
     rates = sorted(by_rate)
-    safe = [
-        rate
-        for rate, larger in pairwise(rates)
-        if not any(record["failed"] for record in by_rate[larger])
-    ]
+    fails = {rate: any(record["failed"] for record in by_rate[rate]) for rate in rates}
+    safe = [rate for rate, larger in pairwise(rates) if not fails[rate] | fails[larger]]
     return _lowest_worst(by_rate, safe or rates)
 
 

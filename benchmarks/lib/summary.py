@@ -17,6 +17,11 @@ from benchmarks.lib.suite import Choice, lowest_median
 Cell = tuple[str | int, ...]
 
 
+def cell_of(settings: Settings, names: Iterable[str]) -> Cell:
+    """That of a run of the settings; `names` are those that make a cell."""
+    return tuple(settings[name] for name in names)
+
+
 @dataclass(frozen=True)
 class Score:
     """The reported runs of one arm in one cell, at its chosen learning rate.
@@ -121,7 +126,7 @@ def scores(
         arm = str(of["arm"])
         if "optimizer" in names:
             arm, _, _ = arm.partition(SEPARATOR)
-        return tuple(of[name] for name in names), arm
+        return cell_of(of, names), arm
 
     tuned: dict[tuple[Cell, str], list[Record]] = {}
     reported: dict[tuple[Cell, str], list[Record]] = {}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.lib.arms import Arm, pairs
+from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
 from benchmarks.lib.runs import Phase, Settings
 from benchmarks.lib.suite import (
     SMOKE,
@@ -84,6 +84,17 @@ AT_ANY_DEPTH = (
     *pairs(["clip 1", "StableGrad", "unit norm by leaf"], ["Muon"]),
 )
 DEPTH_RATES = {"Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}  # of the others all of theirs
+# Deep nets have their best rates lower: each set goes one step further down, for all
+# arms of the optimizer. Lion's needs none.
+DEEP_RATES = {
+    optimizer: (lowest, *OPTIMIZERS[optimizer].rates)
+    for lowest, optimizers in (
+        (5e-4, ("Muon", "Muon b2=0.9", "Muon warm-up", "Muon eps=1e-30")),
+        (1e-4, ("AdamW", "AdamW b2=0.9", "AdamW warm-up", "Nadam b2=0.9")),
+        (3e-4, ("SOAP",)),
+    )
+    for optimizer in optimizers
+}
 # Does a rate, once chosen, serve the same loss in another unit? At depth 4 the best of
 # the preset `depth`, before momentum of `cpu`.
 _SCALED = ("none", "clip 1", "StableGrad", "unit norm by leaf")
@@ -157,6 +168,11 @@ def _groups(
     return list(groups.values())
 
 
+_tuned_deep = partial(
+    entries, rates=lambda arm: DEEP_RATES.get(arm.optimizer, arm.rates)
+)
+
+
 # The starts that told optimizers apart come first: a grid that is not finished yet
 # should answer the questions that matter.
 _TELLING = ("normal 5/3", "uniform", "normal 1")
@@ -174,6 +190,11 @@ _FRESH = (
     _cell("poisson", "normal 1.4", 50, steps=1500),
     *_DEEP[:2],
     _DEEPER,
+)
+# What lies around them, where less can go wrong.
+_AROUND = (
+    _cell("poisson", "normal 1", 50, steps=1500),
+    _cell("poisson", "normal 0.3", 16, steps=1500),
 )
 # What tells the field's remedies first; then what a plain network solves as well.
 SOLVED = tuple(
@@ -258,7 +279,7 @@ PRESETS = {
     ),
     "behind": Preset(
         [
-            *_groups(
+            *_tuned_deep(
                 "behind",
                 _DEEP[:3],
                 (
@@ -268,9 +289,9 @@ PRESETS = {
                     CLIPPED_WITHOUT_EPS,
                 ),
             ),
-            *_groups("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
-            *_groups("behind", _DEEP[:1], ADAMW),
-            *_groups(
+            *_tuned_deep("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
+            *_tuned_deep("behind", _DEEP[:1], ADAMW),
+            *_tuned_deep(
                 "behind",
                 _DEEP[:3],
                 (
@@ -279,26 +300,33 @@ PRESETS = {
                     "StableGrad | AdamW b2=0.9",
                 ),
             ),
-            *_groups("behind", (_DEEP[0], _DEEP[2]), OTHERS),
-            *_groups("behind", _DEEP[3:], (*CANDIDATES, "none | AdamW b2=0.9")),
+            *_tuned_deep("behind", (_DEEP[0], _DEEP[2]), OTHERS),
+            *_tuned_deep("behind", _DEEP[3:], (*CANDIDATES, "none | AdamW b2=0.9")),
+            *_tuned_deep(
+                "behind",
+                _DEEP[:3],
+                pairs(["StableGrad residuals", "GradientAutoscaled"], ["Muon"]),
+            ),
         ],
         Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
-        "3 hours on 2 idle cores",
+        "2 hours on 2 idle cores",
         "optimizers behind scale controls, or parts of them, depth 32 and 50",
         workers=2,
     ),
     "confirm": Preset(
         [
-            *_groups("confirm", _FRESH, (*CANDIDATES, CLIPPED_WITHOUT_EPS)),
-            *_groups(
+            *_tuned_deep("confirm", _FRESH, (*CANDIDATES, CLIPPED_WITHOUT_EPS)),
+            *_tuned_deep(
                 "confirm",
                 (_DEEP[0], _DEEPER),
                 pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
             ),
+            *_tuned_deep("confirm", _FRESH, ("unit norm by leaf | SOAP",)),
+            *_tuned_deep("confirm", _AROUND, (*CANDIDATES, "unit norm by leaf | SOAP")),
         ],
         Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
         "2 hours on 2 idle cores",
-        "what behind recommends, on fresh seeds and cells in between",
+        "what behind recommends, on fresh seeds and cells between and around",
         workers=2,
     ),
     "solved": Preset(

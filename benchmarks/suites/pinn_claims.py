@@ -1,7 +1,7 @@
 """What a text may say of two arms, if the runs carry it."""
 
 from benchmarks.lib.claims import Claim
-from benchmarks.lib.summary import Cell
+from benchmarks.lib.summary import Cell, cell_of
 from benchmarks.suites.pinn import IN_UNITS, SOLVED
 
 CELL = ("problem", "activation", "init", "depth", "width", "steps")
@@ -15,12 +15,15 @@ NATURAL, VANISHING = _poisson("uniform", 50), _poisson("normal 0.3", 32)
 EXPLODING, SHALLOWER = _poisson("normal 5/3", 32), _poisson("uniform", 32)
 HARD = (NATURAL, VANISHING, EXPLODING)
 DEEPER = _poisson("normal 5/3", 50)
-# In between; nothing was chosen on these.
+# In between and around; nothing was chosen on these.
 GELU, LESS_DEEP = _poisson("uniform", 24, "gelu"), _poisson("normal 0.3", 24)
 LESS_STEEP = _poisson("normal 1.4", 50)
-FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER)
-SHALLOW = tuple(tuple(settings[name] for name in CELL) for settings in SOLVED)
-UNITS = tuple(tuple(settings[name] for name in CELL) for settings in IN_UNITS)
+SHORT = _poisson("normal 0.3", 16)
+HEALTHY = _poisson("normal 1", 50)
+FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER, SHORT, HEALTHY)
+SIX_DEEP = (NATURAL, VANISHING, DEEPER, GELU, LESS_DEEP, LESS_STEEP)
+SHALLOW = tuple(cell_of(settings, CELL) for settings in SOLVED)
+UNITS = tuple(cell_of(settings, CELL) for settings in IN_UNITS)
 SMALL = tuple(cell for cell in UNITS if "times 1e-" in cell[0])
 OURS = "StableGrad | Muon"
 BEHIND_ADAM = "StableGrad | AdamW b2=0.9"
@@ -40,6 +43,29 @@ CLAIMS = (
         OURS,
         "none | Muon",
         (*HARD, GELU, LESS_STEEP, DEEPER),
+    ),
+    *(
+        Claim(
+            f"Over six deep starts {one} before Muon fails less often than {name}.",
+            "fails less",
+            f"{one} | Muon",
+            other,
+            SIX_DEEP,
+            together=True,
+        )
+        for one in ("StableGrad", "unit norm by leaf")
+        for name, other in (
+            ("nothing", "none | Muon"),
+            ("a clip", "clip 1 | Muon"),
+            ("a clip with eps=1e-30", "clip 1 | Muon eps=1e-30"),
+        )
+    ),
+    Claim(
+        "The unit norm of each leaf errs less before SOAP than before Muon.",
+        "errs less",
+        "unit norm by leaf | SOAP",
+        "unit norm by leaf | Muon",
+        (*SIX_DEEP, HEALTHY),
     ),
     Claim(
         "Muon's eps=1e-30 does not replace it.",
@@ -183,7 +209,7 @@ CLAIMS = (
         "errs less",
         "none | Muon",
         OURS,
-        (SHALLOWER,),
+        (SHALLOWER, SHORT, HEALTHY),
     ),
     *(
         Claim(

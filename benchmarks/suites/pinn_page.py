@@ -33,7 +33,7 @@ FOCUS_BEHIND = (
     "unit norm by leaf | Muon",
     "StableGrad | Muon",
     "GradientStabilizer | Muon",
-    "StableGrad | AdamW b2=0.9",
+    "unit norm by leaf | SOAP",
 )
 PAIRS = (
     ("StableGrad | AdamW", "none | AdamW"),

@@ -10,7 +10,7 @@ from benchmarks.lib.arms import SEPARATOR, Arm, among
 from benchmarks.lib.claims import Claim
 from benchmarks.lib.pages import Page, num_cells
 from benchmarks.lib.regret import regret_table
-from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.summary import Cell, Score, Scores, cell_of, level
 from benchmarks.lib.tables import error_table, ranged
 from benchmarks.suites.rl import EPISODES, SUITE, TREATMENTS, env_steps
 from benchmarks.tasks.control.environments import ENVIRONMENTS
@@ -44,7 +44,7 @@ CLAIMS = tuple(
         arm.name,
         f"none{SEPARATOR}{arm.optimizer}",
         tuple(
-            tuple(group[0].settings[name] for name in SUITE.cell)
+            cell_of(group[0].settings, SUITE.cell)
             for group in SUITE.presets["cpu"].groups
             if group[0].settings["arm"] == arm.name
         ),
@@ -131,7 +131,7 @@ def _curves_figure(table: Scores) -> Figure:
         ax.axhline(_failure_return(cell), **figures.DOTTED)
         ax.set(xlabel="steps of the environment (thousands)")
         ax.set_title(cell[0], fontsize=10)
-    for ax in axes[::4]:
+    for ax in figures.first_column(axes):
         ax.set_ylabel("mean return of an episode")
     figures.legend(figure, drawn)
     figure.suptitle(

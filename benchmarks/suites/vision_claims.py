@@ -2,7 +2,7 @@
 
 from benchmarks.lib.arms import Arm
 from benchmarks.lib.claims import Claim
-from benchmarks.lib.summary import Cell
+from benchmarks.lib.summary import Cell, cell_of
 from benchmarks.suites.vision import CONSTANT, PRESETS, Norm
 
 CELL = ("data", "norm", "model", "width", "optimizer", "rate", "batch", "steps")
@@ -13,7 +13,7 @@ def _cells(presets: tuple[str, ...], norm: Norm, *treatments: str) -> tuple[Cell
     has: dict[Cell, set[str]] = {}
     for entry in (e for preset in presets for e in PRESETS[preset].entries):
         if len(entry.learning_rates) > 1 and entry.settings["norm"] == norm:
-            cell = tuple(entry.settings[name] for name in CELL)
+            cell = cell_of(entry.settings, CELL)
             has.setdefault(cell, set()).add(Arm.of(entry.settings["arm"]).treatment)
     return tuple(cell for cell in has if has[cell].issuperset(treatments))
 

@@ -223,7 +223,7 @@ def _curves_figure(table: Scores) -> Figure:
             ax.axhline(target, **_DASHED)
         ax.set(xlabel="step", ylim=(0, 100))
         ax.set_title(_title(cell), fontsize=8)
-    for ax in axes[::4]:
+    for ax in figures.first_column(axes):
         ax.set_ylabel("test accuracy (%)")
     figures.legend(figure, arms)
     _suptitle(
