@@ -195,6 +195,7 @@ _FRESH = (
 _AROUND = (
     _cell("poisson", "normal 1", 50, steps=1500),
     _cell("poisson", "normal 0.3", 16, steps=1500),
+    _cell("poisson", "glorot", 32, steps=1500),
 )
 # What tells the field's remedies first; then what a plain network solves as well.
 SOLVED = tuple(

@@ -19,8 +19,8 @@ DEEPER = _poisson("normal 5/3", 50)
 GELU, LESS_DEEP = _poisson("uniform", 24, "gelu"), _poisson("normal 0.3", 24)
 LESS_STEEP = _poisson("normal 1.4", 50)
 SHORT = _poisson("normal 0.3", 16)
-HEALTHY = _poisson("normal 1", 50)
-FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER, SHORT, HEALTHY)
+HEALTHY = (_poisson("normal 1", 50), _poisson("glorot", 32))
+FRESH = (GELU, LESS_DEEP, LESS_STEEP, DEEPER, SHORT, *HEALTHY)
 SIX_DEEP = (NATURAL, VANISHING, DEEPER, GELU, LESS_DEEP, LESS_STEEP)
 SHALLOW = tuple(cell_of(settings, CELL) for settings in SOLVED)
 UNITS = tuple(cell_of(settings, CELL) for settings in IN_UNITS)
@@ -65,7 +65,7 @@ CLAIMS = (
         "errs less",
         "unit norm by leaf | SOAP",
         "unit norm by leaf | Muon",
-        (*SIX_DEEP, HEALTHY),
+        (*SIX_DEEP, *HEALTHY),
     ),
     Claim(
         "Muon's eps=1e-30 does not replace it.",
@@ -209,7 +209,7 @@ CLAIMS = (
         "errs less",
         "none | Muon",
         OURS,
-        (SHALLOWER, SHORT, HEALTHY),
+        (SHALLOWER, SHORT, *HEALTHY),
     ),
     *(
         Claim(

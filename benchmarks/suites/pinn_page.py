@@ -70,7 +70,7 @@ HEAT_MAPS += pairs(["clip 1", "StableGrad"], ["AdamW"])
 HEAT_MAPS_BEHIND = pairs(
     ["none", "clip 1", "unit norm by leaf", "StableGrad"], ["Muon"]
 )
-MAX_PANELS = 8  # of the figure of seeds
+MAX_PANELS = 9  # of the figure of seeds
 NUM_SHOWN = 3  # cells of the figures against step, the first of the preset
 
 
