@@ -143,7 +143,9 @@ def compare_optimizers(
         not callable: the whole data, handed to every step.
       optimizers: ``{name: learning rate -> optax.GradientTransformation}``, the simple
         ones first. The rate is a traced scalar; the updates are multiplied by the
-        cosine afterwards, so that a factory may warm up by a schedule of its own.
+        cosine afterwards, so that a factory may warm up by a schedule of its own
+        (``optax.warmup_constant_schedule``; ``warmup_cosine_decay_schedule`` tests its
+        peak in Python and takes no traced rate).
         ``update`` is given ``value``, ``grad`` and ``value_fn`` as extra arguments.
         Default: :func:`default_optimizers`; **its Muon treats leaves of two axes alone,
         no convolution kernels**.
