@@ -256,11 +256,12 @@ def require_gradients(
                 f"Gradients must be floating point; leaf '{leaf.name}' is "
                 f"{leaf.dtype}. Exclude it with optax.masked or optax.partition."
             )
-    shapes = {} if params is None else {p.path: p.shape for p in describe(params)}
+    parameters = layout.leaves if params is None else describe(params)
+    shapes = {parameter.path: parameter.shape for parameter in parameters}
     for leaf in layout.leaves:
-        if params is not None and leaf.path not in shapes:
+        shape = shapes.get(leaf.path)
+        if shape is None:
             _raise_other(f"'{leaf.name}' is no parameter")
-        shape = shapes.get(leaf.path, leaf.shape)
         if shape != leaf.shape:
             _raise_other(f"'{leaf.name}' has shape {leaf.shape}, the parameter {shape}")
     expected, given = leaf_ids.size, layout.leaf_ids

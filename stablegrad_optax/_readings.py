@@ -162,10 +162,9 @@ def health(
             values |= {f"scale_factor/{name}": x for name, x in factors.items()}
     for state in states:
         for field, (name, reading, join) in _READINGS.items():
-            if not hasattr(state, field) or _is_pooled(state, field):
-                continue
-            value = reading(state)
-            values[name] = join(values[name], value) if name in values else value
+            value = reading(state) if hasattr(state, field) else None
+            if value is not None:
+                values[name] = join(values[name], value) if name in values else value
     return values
 
 
@@ -187,9 +186,15 @@ def _flat_factors(
     }
 
 
-def _count_nonfinite(state: Any) -> float:
-    """The leaves of which some slice has a spread that is not finite."""
-    bad = ~np.isfinite(_one_step(_read(state.grad_std)))
+def _count_nonfinite(state: Any) -> float | None:
+    """The leaves of which some slice has a spread that is not finite.
+
+    None of a state that has one spread of all finite leaves together.
+    """
+    spreads = _read(state.grad_std)
+    if spreads.ndim < _read(state.leaf_ids).ndim:
+        return None
+    bad = ~np.isfinite(_one_step(spreads))
     return float(len(np.unique(_leaf_ids(state)[bad])))
 
 
@@ -203,16 +208,10 @@ def _number(field: str) -> Callable[[Any], float]:
     return lambda state: float(_read(getattr(state, field)))
 
 
-def _is_pooled(state: Any, field: str) -> bool:
-    """Whether a spread is one of all finite leaves together, which tells of none."""
-    ndim = _read(getattr(state, field)).ndim
-    return field == "grad_std" and ndim < _read(state.leaf_ids).ndim
-
-
-# A field of a state -> the name of what it says, how to read it, and how to join what
-# several states say under one name: counts are added.
+# A field of a state -> the name of what it says, how to read it (None: of nothing)
+# and how to join what several states say under one name: counts are added.
 _READINGS: dict[
-    str, tuple[str, Callable[[Any], float], Callable[[float, float], float]]
+    str, tuple[str, Callable[[Any], float | None], Callable[[float, float], float]]
 ] = {
     "grad_std": ("nonfinite_leaves", _count_nonfinite, operator.add),
     "reference_std": ("reference_std", _number("reference_std"), max),

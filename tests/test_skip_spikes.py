@@ -525,10 +525,6 @@ def test_bad_arguments_raise(kwargs, match):
         skip_spikes(optax.sgd(1.0), **kwargs)
 
 
-if __name__ == "__main__":
-    print(*table(), sep="\n")
-
-
 @pytest.mark.parametrize(
     "wrap", [lambda tx: tx, lambda tx: tx.gradient_transformation()]
 )
@@ -555,3 +551,7 @@ def test_a_loss_may_be_any_number(number):
 def test_what_is_no_transformation_raises(inner):
     with pytest.raises(ValueError, match="inner must be an"):
         skip_spikes(inner)
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

@@ -1,6 +1,6 @@
 """Physics-informed networks under every optimizer, from six laws of initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -168,10 +168,12 @@ def _groups(
     return list(groups.values())
 
 
-_tuned_deep = partial(
-    entries, rates=lambda arm: DEEP_RATES.get(arm.optimizer, arm.rates)
-)
+def _rates(sets: Mapping[str, tuple[float, ...]]) -> Callable[[Arm], tuple[float, ...]]:
+    """An arm's, by its optimizer; of those that are not named the vocabulary's."""
+    return lambda arm: sets.get(arm.optimizer, arm.rates)
 
+
+_tuned_deep = partial(entries, rates=_rates(DEEP_RATES))
 
 # The starts that told optimizers apart come first: a grid that is not finished yet
 # should answer the questions that matter.
@@ -331,19 +333,14 @@ PRESETS = {
         workers=2,
     ),
     "solved": Preset(
-        entries("solved", SOLVED, SOLVERS, lambda arm: SOLVERS_RATES[arm.optimizer]),
+        entries("solved", SOLVED, SOLVERS, _rates(SOLVERS_RATES)),
         Protocol((0, 1), tuple(range(500, 505))),
         "an hour on 2 idle cores",
         "six problems as the field solves them, depth 4, width 64, 10,000 steps",
         workers=2,
     ),
     "depth": Preset(
-        entries(
-            "depth",
-            _AT_DEPTHS,
-            AT_ANY_DEPTH,
-            lambda arm: DEPTH_RATES.get(arm.optimizer, arm.rates),
-        ),
+        entries("depth", _AT_DEPTHS, AT_ANY_DEPTH, _rates(DEPTH_RATES)),
         Protocol((0, 1, 2), tuple(range(600, 605)), lowest_worst_with_margin),
         "an hour on 2 idle cores",
         "depth 2 to 50 at equal steps and at equal wall-clock",
