@@ -60,9 +60,9 @@ def effective_kernel(
       order of ``jax.flatten_util.ravel_pytree``.
 
     Raises:
-      ValueError: If ``factors`` names no floating leaf of ``params`` or does not fit
-        its leading axes, if ``params`` has no floating leaf, or if the outputs are not
-        real floating.
+      ValueError: If ``factors`` names no floating leaf of ``params``, does not fit its
+        leading axes or, unless they are arrays of jax, has negative ones; if ``params``
+        has no floating leaf; or if the outputs are not real floating.
 
     Examples:
       Two inputs of a linear model: K = X X^T + 1.
@@ -183,6 +183,10 @@ def _per_leaf(factors: Factors, leaves: list[Leaf]) -> list[jax.Array]:
             f"{', '.join(leaf.name for leaf in leaves)}; got "
             f"{', '.join(sorted(unknown))}."
         )
+    for name, factor in factors.items():
+        # Those of jax pass: they may be traced.
+        if not isinstance(factor, jax.Array) and not np.all(np.asarray(factor) >= 0):
+            raise ValueError(f"factors['{name}'] must not be negative; got {factor!r}.")
     given = [jnp.asarray(factors.get(leaf.name, 1.0)) for leaf in leaves]
     return [
         _over_leading_axes(factor, leaf)

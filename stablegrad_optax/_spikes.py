@@ -175,7 +175,9 @@ def skip_spikes(
             return jax.tree.map(jnp.zeros_like, shapes), state.inner_state
 
         updates, inner_state = lax.platform_dependent(
-            cpu=lambda: lax.cond(skip, stay, step),
+            cpu=lambda: lax.cond(
+                skip, lambda: _varying(skip, stay()), lambda: _varying(skip, step())
+            ),
             default=lambda: _step_unless(skip, *step(), state.inner_state),
         )
         return updates, judged._replace(inner_state=inner_state)
@@ -225,6 +227,14 @@ def _judge(
         ).max(),
         last_skipped=skipped,
     )
+
+
+def _varying(skip: jax.Array, tree: Any) -> Any:
+    """As it is, but in `shard_map` over the axes too that `skip` varies over.
+
+    Both branches of a conditional must vary over the same ones.
+    """
+    return jax.tree.map(lambda leaf: jnp.where(skip, leaf, leaf), tree)
 
 
 def _step_unless(

@@ -368,6 +368,9 @@ def test_bad_arguments():
         effective_kernel(apply_fn, params, x, {"b": 1.0})
     with pytest.raises(ValueError, match=r"factors\['w'\] must"):
         effective_kernel(apply_fn, params, x, {"w": np.ones(2)})
+    for factor in (-1.0, float("nan"), np.float32(-0.5)):
+        with pytest.raises(ValueError, match=r"factors\['w'\] must not be negative"):
+            effective_kernel(apply_fn, params, x, {"w": factor})
     with pytest.raises(ValueError, match="real floating outputs"):
         effective_kernel(lambda p, x: apply_fn(p, x) > 0, params, x)
     with pytest.raises(ValueError, match="params must"):

@@ -388,6 +388,36 @@ def test_every_device_decides_alike(how):
     assert_trees_close(found, jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_in_shard_map_each_device_may_step_by_a_gradient_of_its_own():
+    tx, batches, params = data_parallel()
+
+    def steps(params, *batches):
+        state = tx.init(params)
+        for grads in batches:
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.num_skipped.reshape(1)
+
+    whole, split = PartitionSpec(), PartitionSpec("x")
+    mapped = jax.shard_map(
+        lambda params, batches: steps(
+            params, *({"a": grads["a"][0]} for grads in batches)
+        ),
+        mesh=mesh(),
+        in_specs=(whole, split),
+        out_specs=(split, split),
+    )
+    found, num_skipped = jax.jit(mapped)(params, batches)
+    for device in range(8):
+        own = [{"a": grads["a"][device]} for grads in batches]
+        expected, (expected_skipped,) = jax.jit(steps)(params, *own)
+        assert num_skipped[device] == expected_skipped
+        assert_trees_close(
+            found["a"].reshape(8, *params["a"].shape)[device], expected["a"], rtol=1e-6
+        )
+    assert num_skipped.tolist() == [0, 0, 0, 1, 0, 1, 0, 0]
+
+
 def test_gradients_through_a_step_are_finite():
     tx = skip_spikes(optax.adam(1e-2), warmup_steps=1)
     params = {"a": jnp.ones(3)}
