@@ -1,7 +1,8 @@
 """What tells arms apart from their seeds, against closed forms, SciPy and counting."""
 
 import operator
-from itertools import permutations, product
+from collections import Counter
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -90,15 +91,40 @@ def test_an_arm_that_fails_more_often_is_not_level():
         "six": score(*errors, failed=6),
     }
     # 0 of 12 against 5 of 12: p = 0.037; against 4: 0.093.
-    assert noise.failure_p(0, 12, 4, 12) == pytest.approx(0.0932, abs=1e-4)
+    assert noise.failure_p((0, 12, 4, 12)) == pytest.approx(0.0932, abs=1e-4)
     assert level(column) == {"best"}
     assert level({**column, "four": score(*errors, failed=4)}) == {"best", "four"}
 
 
 def test_fishers_p_is_the_share_of_equal_tables():
     # All 4 failures of 12 are of one arm of 6: 2 (6 over 4) of (12 over 4) ways.
-    assert noise.failure_p(4, 6, 0, 6) == pytest.approx(2 * 15 / 495)
-    assert noise.failure_p(0, 9, 0, 9) == 1
+    assert noise.failure_p((4, 6, 0, 6)) == pytest.approx(2 * 15 / 495)
+    assert noise.failure_p((0, 9, 0, 9)) == 1
+    for counts in ((3, 20, 11, 17), (5, 12, 5, 12), (19, 20, 0, 4)):
+        one, of_one, other, of_other = counts
+        table = [[one, of_one - one], [other, of_other - other]]
+        expected = stats.fisher_exact(table).pvalue
+        assert noise.failure_p(counts) == pytest.approx(expected)
+
+
+def test_fishers_p_of_several_cells_compares_each_in_itself():
+    # Of two runs each: all four failures of both cells are the other arm's, each with
+    # 1 of (4 over 2) ways, or the one's.
+    cells = (0, 2, 2, 2), (0, 2, 2, 2)
+    assert noise.failure_p(*cells) == pytest.approx(2 / 36)
+    # One in which all fail, and one in which none does, change nothing.
+    assert noise.failure_p(*cells, (5, 5, 5, 5), (0, 5, 0, 5)) == pytest.approx(2 / 36)
+
+
+def test_fishers_p_of_several_cells_counts_every_exchange_of_runs():
+    failed = [(0, 3, 2), (1, 3, 3), (0, 2, 1)]  # of the one, runs of each, of the other
+    pools = [[1] * (a + b) + [0] * (2 * n - a - b) for a, n, b in failed]
+    ways = [combinations(pool, len(pool) // 2) for pool in pools]
+    totals = Counter(sum(map(sum, chosen)) for chosen in product(*ways))
+    observed = totals[sum(a for a, *_ in failed)]
+    expected = sum(count for count in totals.values() if count <= observed)
+    found = noise.failure_p(*((a, n, b, n) for a, n, b in failed))
+    assert found == pytest.approx(expected / totals.total())
 
 
 def test_one_seed_tells_nothing():
@@ -175,7 +201,7 @@ def test_regrets_within_noise_are_level_and_others_are_not():
     by_arm = {r.arm: r for r in regret(TABLE)}
     assert {arm for arm, r in by_arm.items() if r.level} == {"A", "B"}
     assert by_arm["C"].failure_p == pytest.approx(
-        stats.fisher_exact([[0, 6], [3, 3]])[1]
+        stats.fisher_exact([[0, 3], [3, 0]])[1]
     )
     for r in by_arm.values():
         low, high = r.worst_interval()

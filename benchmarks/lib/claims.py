@@ -8,8 +8,10 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.lib import noise
-from benchmarks.lib.summary import Cell, Score, Scores, level
+from benchmarks.lib.summary import Cell, Score, Scores, failure_p, level
 from benchmarks.lib.tables import markdown_table, ranged
+
+_Both = tuple[Score, Score]  # of one arm and of the other
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ def table(
 ) -> str:
     """Markdown: whether the seeds carry each claim, in each of its cells.
 
-    To fail less is tested by Fisher's exact test of the failures, to err less by
-    Mann and Whitney's of the errors, both two-sided, at 0.05 over the number of rows
-    that were run and ask for a p. To be level asks for none: it is `noise.level` of the
-    two, not to be told apart by so many seeds.
+    To fail less is tested by `failure_p`, to err less by Mann and Whitney's test of the
+    errors, both two-sided, at 0.05 over the number of rows that were run and ask for a
+    p. To be level asks for none: it is `noise.level` of the two, not to be told apart
+    by so many seeds.
 
     Args:
         claims: what is claimed.
@@ -50,27 +52,29 @@ def table(
         title: what a cell is called.
     """
     presets = list(presets)
-    found: list[tuple[Claim, str, tuple[Score, Score] | None]] = []
+    found: list[tuple[Claim, str, list[_Both | None]]] = []
     for claim in claims:
         pairs = [_scores(claim, cell, presets) for cell in claim.cells]
         if claim.together:
-            found.append((claim, f"{len(pairs)} cells together", _pooled(pairs)))
+            found.append((claim, f"{len(pairs)} cells together", pairs))
         else:
-            titles = map(title, claim.cells)
-            found += [(claim, *row) for row in zip(titles, pairs, strict=True)]
+            of_cells = zip(claim.cells, pairs, strict=True)
+            found += [(claim, title(cell), [pair]) for cell, pair in of_cells]
     num_tests = sum(
-        both is not None and claim.says != "is level" for claim, _, both in found
+        None not in pairs and claim.says != "is level" for claim, _, pairs in found
     )
     threshold, rows = 0.05 / max(1, num_tests), []
-    for claim, where, both in found:
+    for claim, where, pairs in found:
+        run = [pair for pair in pairs if pair is not None]
         evidence = ["-", "-", "-", "-", "not run"]
-        if both is not None:
-            evidence = _evidence(claim, *both, threshold)
+        if len(run) == len(pairs):
+            evidence = _evidence(claim, run, threshold)
         rows.append([claim.sentence, where, claim.one, claim.other, *evidence])
     head = ["claim", "cell", "one arm", "the other", "failed runs"]
     head += ["ratio of the errors", "seeds", "p", "so"]
     return (
-        "What may be said, and what carries it. p is Fisher's for failures, Mann and "
+        "What may be said, and what carries it. p is Fisher's for failures (of cells "
+        "together stratified: each is compared in itself), Mann and "
         f"Whitney's for errors, two-sided; with {num_tests} rows that were run and ask "
         f"for one it must be below {threshold:.2g}. Level is what so many seeds do not "
         "tell apart.\n\n"
@@ -78,9 +82,7 @@ def table(
     )
 
 
-def _scores(
-    claim: Claim, cell: Cell, presets: Iterable[Scores]
-) -> tuple[Score, Score] | None:
+def _scores(claim: Claim, cell: Cell, presets: Iterable[Scores]) -> _Both | None:
     """Both arms' in the cell, of the preset that has the most seeds of both."""
     columns = (scores.get(cell, {}) for scores in presets)
     both = [
@@ -91,23 +93,15 @@ def _scores(
     return max(both, key=lambda pair: min(s.num_runs for s in pair), default=None)
 
 
-def _pooled(
-    pairs: Sequence[tuple[Score, Score] | None],
-) -> tuple[Score, Score] | None:
-    """The runs of each arm in all cells, if all were run."""
-    if None in pairs:
-        return None
-    arms = zip(*(pair for pair in pairs if pair is not None), strict=True)
-    one, other = (Score(tuple(r for s in arm for r in s.records)) for arm in arms)
-    return one, other
-
-
-def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[str]:
+def _evidence(claim: Claim, cells: Sequence[_Both], threshold: float) -> list[str]:
     """Failures, ratio, seeds, p, and what follows."""
-    counts = one.num_failed, one.num_runs, other.num_failed, other.num_runs
+    one, other = (
+        Score(tuple(record for score in arm for record in score.records))
+        for arm in zip(*cells, strict=True)
+    )
     ratio, interval = ratio_of_medians(one, other)
     if claim.says == "fails less":
-        p = noise.failure_p(*counts)
+        p = failure_p(cells)
         distance = one.num_failed / one.num_runs - other.num_failed / other.num_runs
     else:
         p = float(stats.mannwhitneyu(one.errors, other.errors).pvalue)
@@ -121,7 +115,7 @@ def _evidence(claim: Claim, one: Score, other: Score, threshold: float) -> list[
     if one.num_failed == one.num_runs and other.num_failed == other.num_runs:
         verdict = "both fail"
     return [
-        "{} of {}, {} of {}".format(*counts),
+        f"{one.num_failed} of {one.num_runs}, {other.num_failed} of {other.num_runs}",
         ranged(ratio, interval, ".2f", bold=False) if other.median else "-",
         str(min(one.num_runs, other.num_runs)),
         f"{p:.2g}",

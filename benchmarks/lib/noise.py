@@ -41,13 +41,23 @@ def meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
-def failure_p(failed: int, runs: int, other_failed: int, other_runs: int) -> float:
+def failure_p(*cells: tuple[int, int, int, int]) -> float:
     """The probability, if two arms fail equally often, of counts so far apart.
 
-    Fisher's exact test, two sides.
+    Fisher's exact test, two sides, of several cells stratified: how many of both fail
+    is each cell's own, so that one in which all runs fail, or none, says nothing and
+    dilutes nothing.
+
+    Args:
+        cells: failed runs and all runs of the one arm, then of the other, in each.
     """
-    table = [[failed, runs - failed], [other_failed, other_runs - other_failed]]
-    return float(stats.fisher_exact(table).pvalue)
+    chances, observed = np.ones(1), 0  # f[failures of the one arm]
+    for failed, runs, other_failed, other_runs in cells:
+        drawn = runs + other_runs, failed + other_failed, runs
+        chances = np.convolve(chances, stats.hypergeom.pmf(np.arange(runs + 1), *drawn))
+        observed += failed
+    # Equal chances differ by rounding.
+    return float(chances[chances <= chances[observed] * (1 + 1e-7)].sum().clip(max=1))
 
 
 def level(
@@ -73,7 +83,7 @@ def level(
         if min(len(errors[arm]), len(errors[best])) < 2:
             return True
         counts = failed[arm], len(errors[arm]), failed[best], len(errors[best])
-        return meet(spans[arm], spans[best]) and failure_p(*counts) > 1 - CONFIDENCE
+        return meet(spans[arm], spans[best]) and failure_p(counts) > 1 - CONFIDENCE
 
     return {arm for arm in errors if is_level(arm)}
 

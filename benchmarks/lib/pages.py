@@ -15,7 +15,7 @@ from benchmarks.lib.grid import Ledger
 from benchmarks.lib.regret import regret_table
 from benchmarks.lib.runs import Record
 from benchmarks.lib.suite import Choice, Suite, lowest_median
-from benchmarks.lib.summary import Cell, Scores, complete, provenance, scores
+from benchmarks.lib.summary import Cell, Scores, provenance, scores
 from benchmarks.lib.tables import error_table
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
@@ -66,7 +66,7 @@ class Page:
             f"{suite.about[0].upper()}{suite.about[1:]}.",
             suite.cell,
             num_cells,
-            lambda table: regret_table(complete(table), "cells"),
+            lambda table: regret_table(table, "cells"),
             {
                 "regret": panels.regret_figure,
                 "curves": partial(panels.curves_figure, name=name),

@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from benchmarks.lib import figures
 from benchmarks.lib.arms import in_order
 from benchmarks.lib.regret import regret
-from benchmarks.lib.summary import Cell, Score, Scores, complete
+from benchmarks.lib.summary import Cell, Score, Scores
 
 Column = Mapping[str, Score]
 
 
 def regret_figure(table: Scores) -> Figure | None:
     """Each arm's ratio to the best arm, one dot a cell."""
-    regrets = regret(complete(table))
+    regrets = regret(table)
     if not regrets:
         return None
     figure, ((ax,),) = figures.grid(1, 1, (8, 1.6 + 0.3 * len(regrets)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.lib import noise
-from benchmarks.lib.summary import Cell, Scores, floor, solvable
+from benchmarks.lib.summary import Cell, Scores, failure_p, floor, solvable
 from benchmarks.lib.tables import markdown_table, ranged
 
 
@@ -26,8 +26,8 @@ class Regret:
         num_failed_runs: in all cells that are not left out.
         num_runs: likewise.
         resampled: the costs of seeds drawn with replacement, f[resamples] by cell.
-        failure_p: Fisher's, of its failures and those of the first arm of the list, in
-            the cells that both were run in.
+        failure_p: of its failures and those of the first arm of the list, in the cells
+            that both were run in.
         level: whether no more than noise is between it and the first, likewise.
     """
 
@@ -69,8 +69,7 @@ def regret(table: Scores, compare: noise.Compare = operator.truediv) -> list[Reg
     Arms that were run in fewer cells come behind: less was asked of them.
 
     Args:
-        table: best with the same arms in each cell, as `complete` gives them; an arm
-            that misses some cells is compared in the others.
+        table: an arm that misses some cells is compared in the others.
         compare: (median error, the lowest of the cell) -> what the choice costs there.
     """
     table = solvable(table)
@@ -107,11 +106,7 @@ def _beside(first: Regret, other: Regret, table: Scores) -> Regret:
     if not both:
         return replace(other, level=False)
 
-    def counts(arm: str) -> tuple[int, int]:
-        of_arm = [table[cell][arm] for cell in both]
-        return sum(s.num_failed for s in of_arm), sum(s.num_runs for s in of_arm)
-
-    p = noise.failure_p(*counts(first.arm), *counts(other.arm))
+    p = failure_p((table[cell][first.arm], table[cell][other.arm]) for cell in both)
     meets = noise.meet(first.worst_interval(both), other.worst_interval(both))
     return replace(other, failure_p=p, level=meets and p > 1 - noise.CONFIDENCE)
 
@@ -167,8 +162,8 @@ def regret_table(
         f"the cost is {cost}. Arms of fewer cells stand below and are compared in "
         "those alone. In brackets: the 95 % bootstrap interval over seeds; that of a "
         "maximum may lie above it. Bold: level with the first row; in the cells of "
-        "both the intervals meet and p is above 0.05 (not corrected for the number of "
-        "arms)."
+        "both the intervals meet and p, of each cell compared in itself, is above 0.05 "
+        "(not corrected for the number of arms)."
         f"{_floors(whole, compare, digits)}"
         f"\n\n{markdown_table(head, rows)}"
     )
@@ -193,8 +188,7 @@ def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
 
     In brackets is the bootstrap interval over seeds; where it holds 1 the errors do not
     tell the arms apart. The last column is the probability, if both arms failed equally
-    often, of numbers of failed runs at least so far apart (Fisher's exact test, two
-    sides).
+    often in each cell, of numbers of failed runs at least so far apart (`failure_p`).
 
     Args:
         table: of all cells.
@@ -218,14 +212,13 @@ def versus_table(table: Scores, pairs: Iterable[tuple[str, str]]) -> str:
         interval = noise.interval(np.median(resampled, axis=0))
         failed = np.sum([[s.num_failed for s in of_cell] for of_cell in both], axis=0)
         runs = np.sum([[s.num_runs for s in of_cell] for of_cell in both], axis=0)
-        p = noise.failure_p(failed[0], runs[0], failed[1], runs[1])
         rows.append(
             [
                 *pair,
                 f"{np.sum(ratios < 1)} of {len(ratios)}",
                 ranged(float(np.median(ratios)), interval, ".2f", bold=False),
                 f"{failed[0]} of {runs[0]} against {failed[1]} of {runs[1]}",
-                f"{p:.2g}",
+                f"{failure_p(both):.2g}",
             ]
         )
     head = [

@@ -145,12 +145,6 @@ def scores(
     return table
 
 
-def complete(table: Scores) -> Scores:
-    """The cells in which every arm of the table was run."""
-    every = {arm for arms in table.values() for arm in arms}
-    return {cell: arms for cell, arms in table.items() if arms.keys() == every}
-
-
 def solvable(table: Scores) -> Scores:
     """The cells in which some arm never failed."""
     return {
@@ -168,6 +162,16 @@ def level(
         {arm: score.errors for arm, score in column.items()},
         {arm: score.num_failed for arm, score in column.items()},
         statistic,
+    )
+
+
+def failure_p(cells: Iterable[tuple[Score, Score]]) -> float:
+    """`noise.failure_p` of two arms in some cells."""
+    return noise.failure_p(
+        *(
+            (one.num_failed, one.num_runs, other.num_failed, other.num_runs)
+            for one, other in cells
+        )
     )
 
 

@@ -185,13 +185,14 @@ _DEEP = (
     *_cells("poisson", _TELLING, (32,), steps=1500),
 )
 _DEEPER = _cell("poisson", "normal 5/3", 50, steps=1500)
-# Three that nothing was chosen on, and three of the hard ones again, on fresh seeds.
+# Four that nothing was chosen on, and three of the hard ones again, on fresh seeds.
 _FRESH = (
     _cell("poisson", "normal 0.3", 24, steps=1500),
     _cell("poisson", "uniform", 24, activation="gelu", steps=1500),
     _cell("poisson", "normal 1.4", 50, steps=1500),
     *_DEEP[:2],
     _DEEPER,
+    _cell("poisson", "normal 0.3", 50, steps=1500),
 )
 # What lies around them, where less can go wrong.
 _AROUND = (
