@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.lib.arms import Arm
+from benchmarks.lib.train import Rule, Training, moments
 from benchmarks.tasks.control import ppo
 from benchmarks.tasks.control.environments import ENVIRONMENTS
 from benchmarks.tasks.control.task import Ppo
@@ -196,6 +198,29 @@ def test_runs_side_by_side_are_those_of_one_alone():
                 both,
                 one,
             )
+
+
+def test_updates_in_one_program_are_those_of_a_loop():
+    rule = Rule(Arm.of("clip 0.5 | Adam"), UPDATES + 3)
+
+    def run(in_one_program):
+        training = Training(
+            TASK,
+            rule,
+            (1, UPDATES + 3),
+            jax.random.split(jax.random.key(1), 4),
+            in_one_program=in_one_program,
+        )
+        for moment in moments([training] * 2, (1e-3, 1e-2), (0, 1)):
+            yield jax.device_get(moment._replace(ms_per_step=0.0))
+
+    for loop, program in zip(run(False), run(True), strict=True):
+        jax.tree.map(
+            # Two programs round differently, and Adam's first updates are signs.
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            program,
+            loop,
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ them. The gradient is compiled once for a task, whatever the arm; the update onc
 rule and a shape, whatever the task. A loop in Python joins the two: for deep networks a
 program that held both would cost the gradient's compilation, 5 to 10 s, once for every
 arm, and on a CPU a `lax.scan` over the steps of a convolutional net takes twice the
-time.
+time. A task of short steps, such as PPO's, has all those between two records in one
+program.
 """
 
 import re
@@ -115,6 +116,8 @@ class Training:
             one among them.
         held_out: what `Task.score` is handed.
         side_by_side: whether the runs of a batch are computed together; else in turn.
+        in_one_program: whether the updates up to a record are one program; else two
+            each, in a loop in Python.
     """
 
     task: Task
@@ -122,6 +125,7 @@ class Training:
     recorded: Sequence[int]
     held_out: PyTree = None
     side_by_side: bool = True
+    in_one_program: bool = False
 
 
 class Moment(NamedTuple):
@@ -270,7 +274,22 @@ class Batch:
     def advance(self, stop: int) -> None:
         """Train until so many updates are done, and wait for them."""
         task, rule = self._training.task, self._training.rule
-        for step in range(self.step, stop):
+        begin = self.step
+        if self._training.in_one_program:
+            # The last one leaves its gradient for `moment`.
+            begin = max(self.step, stop - 1)
+            self._params, self._opt_states, self._states = _updates(
+                task,
+                rule,
+                self._rates,
+                self._params,
+                self._opt_states,
+                self._states,
+                self._keys,
+                np.int32(self.step),
+                np.int32(begin),
+            )
+        for step in range(begin, stop):
             self._found = found = _gradient(
                 task, self._params, self._states, self._keys, np.int32(step)
             )
@@ -342,6 +361,31 @@ def _update(
         return optax.apply_updates(params, updates), opt_state
 
     return jax.vmap(of_run)(rates, params, opt_states, grads, probes, losses)
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=(3, 4, 5))
+def _updates(
+    task: Task,
+    rule: Rule,
+    rates: jax.Array,
+    params: PyTree,
+    opt_states: optax.OptState,
+    states: PyTree,
+    keys: jax.Array,
+    begin: jax.Array,
+    stop: jax.Array,
+) -> tuple[PyTree, optax.OptState, PyTree]:
+    """The steps `begin` up to `stop` of every run; what they change is given up."""
+
+    def step(index: jax.Array, carried: tuple) -> tuple:
+        params, opt_states, states = carried
+        found = _gradient(task, params, states, keys, index)
+        params, opt_states = _update(
+            rule, rates, params, opt_states, found.grads, found.probes, found.loss
+        )
+        return params, opt_states, found.state
+
+    return jax.lax.fori_loop(begin, stop, step, (params, opt_states, states))
 
 
 @jax.jit

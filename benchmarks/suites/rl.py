@@ -135,6 +135,7 @@ def training(settings: Settings, phase: Phase) -> Training:
         Rule.of(settings),
         record_steps(settings["steps"], early=1, even=12),
         jax.random.split(jax.random.key(_PHASES.index(phase)), EPISODES),
+        in_one_program=True,
     )
 
 
