@@ -156,8 +156,9 @@ def compare_optimizers(
       score: ``score(params) -> f[]``, the lower the better (an error, not an accuracy),
         called once at the end. Default: the mean loss of 8 fresh batches, the same for
         all runs, or the loss of the whole data.
-      failure_score: Runs with a score that is not below it failed. Default: the score
-        of the run's own initial parameters, where that is a number.
+      failure_score: Runs with a score that is not below it failed; with ``inf`` those
+        alone whose score or parameters are not finite. Default: the score of the run's
+        own initial parameters, where that is a number.
       key: A key of ``jax.random``.
       parallel: How many runs are trained side by side: each needs the memory of one.
       callback: ``callback(done, total, optimizer)`` after each group of runs, with the
@@ -229,7 +230,7 @@ def compare_optimizers(
         "parallel": parallel,
     }.items():
         require_count(name, number)
-    if failure_score is not None:
+    if failure_score is not None and failure_score != np.inf:
         require_number("failure_score", failure_score)
     if not isinstance(key, jax.Array):
         raise ValueError(f"key must be a key of jax.random; got {key!r}.")

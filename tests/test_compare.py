@@ -138,8 +138,9 @@ def test_runs_that_are_not_finite_fail_and_do_not_stop_the_others():
 
 
 def test_a_run_failed_that_is_no_better_than_its_start_or_than_is_asked():
-    stands_still = trial({"none": lambda rate: optax.set_to_zero()})
-    assert stands_still.best.num_failed == 4
+    stands_still = {"none": lambda rate: optax.set_to_zero()}
+    assert trial(stands_still).best.num_failed == 4
+    assert trial(stands_still, failure_score=np.inf).best.num_failed == 0
     asked = trial(failure_score=1e-12)
     assert asked.best.num_failed == 4
 
