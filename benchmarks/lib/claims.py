@@ -52,22 +52,19 @@ def table(
         title: what a cell is called.
     """
     presets = list(presets)
-    found: list[tuple[Claim, str, list[_Both | None]]] = []
+    found: list[tuple[Claim, str, list[_Both]]] = []
     for claim in claims:
-        pairs = [_scores(claim, cell, presets) for cell in claim.cells]
+        rows_of = [(title(cell), (cell,)) for cell in claim.cells]
         if claim.together:
-            found.append((claim, f"{len(pairs)} cells together", pairs))
-        else:
-            of_cells = zip(claim.cells, pairs, strict=True)
-            found += [(claim, title(cell), [pair]) for cell, pair in of_cells]
-    num_tests = sum(
-        None not in pairs and claim.says != "is level" for claim, _, pairs in found
-    )
+            rows_of = [(f"{len(claim.cells)} cells together", claim.cells)]
+        for where, cells in rows_of:
+            run = [both for cell in cells if (both := _scores(claim, cell, presets))]
+            found.append((claim, where, run if len(run) == len(cells) else []))
+    num_tests = sum(bool(run) and claim.says != "is level" for claim, _, run in found)
     threshold, rows = 0.05 / max(1, num_tests), []
-    for claim, where, pairs in found:
-        run = [pair for pair in pairs if pair is not None]
+    for claim, where, run in found:
         evidence = ["-", "-", "-", "-", "not run"]
-        if len(run) == len(pairs):
+        if run:
             evidence = _evidence(claim, run, threshold)
         rows.append([claim.sentence, where, claim.one, claim.other, *evidence])
     head = ["claim", "cell", "one arm", "the other", "failed runs"]

@@ -245,6 +245,14 @@ def moments(
         yield batch.moment(1e3 * seconds / (stop - done) / len(seeds))
 
 
+class _Carried(NamedTuple):
+    """From one step of the runs to the next; leaves [runs, ...]."""
+
+    params: PyTree
+    opt_states: optax.OptState
+    states: PyTree
+
+
 class Batch:
     """Runs side by side.
 
@@ -263,59 +271,37 @@ class Batch:
         self.step = 0  # updates done
         self._training = trainings[0]
         roots = [jax.random.key(seed) for seed in seeds]
-        self._params, self._states = _stack(
+        params, states = _stack(
             t.task.init(key) for t, key in zip(trainings, roots, strict=True)
         )
         self._keys = jnp.stack([jax.random.split(key)[1] for key in roots])
         self._rates = jnp.array(rates, jnp.float32)
-        self._opt_states = _init(self._training.rule, self._rates, self._params)
+        opt_states = _init(self._training.rule, self._rates, params)
+        self._carried = _Carried(params, opt_states, states)
         self._found: Gradient | None = None  # of the last step
 
     def advance(self, stop: int) -> None:
         """Train until so many updates are done, and wait for them."""
         task, rule = self._training.task, self._training.rule
+        runs = task, rule, self._rates, self._keys
         begin = self.step
         if self._training.in_one_program:
             # The last one leaves its gradient for `moment`.
             begin = max(self.step, stop - 1)
-            self._params, self._opt_states, self._states = _updates(
-                task,
-                rule,
-                self._rates,
-                self._params,
-                self._opt_states,
-                self._states,
-                self._keys,
-                np.int32(self.step),
-                np.int32(begin),
-            )
+            bounds = np.int32(self.step), np.int32(begin)
+            self._carried = _steps(*runs, self._carried, *bounds)
         for step in range(begin, stop):
-            self._found = found = _gradient(
-                task, self._params, self._states, self._keys, np.int32(step)
-            )
-            self._params, self._opt_states = _update(
-                rule,
-                self._rates,
-                self._params,
-                self._opt_states,
-                found.grads,
-                found.probes,
-                found.loss,
-            )
-            self._states = found.state
+            self._carried, self._found = _step(*runs, self._carried, np.int32(step))
         self.step = stop
-        jax.block_until_ready(self._params)
+        jax.block_until_ready(self._carried.params)
 
     def moment(self, ms_per_step: float) -> Moment:
         """What a record is made of."""
         task, held_out = self._training.task, self._training.held_out
-        measured = _measure(
-            task, self._params, self._states, held_out, self._found.grads
-        )
+        params, opt_states, states = self._carried
+        measured = _measure(task, params, states, held_out, self._found.grads)
         scores, stds, loss = jax.device_get((*measured, self._found.loss))
-        return Moment(
-            self.step, self._params, self._opt_states, scores, loss, stds, ms_per_step
-        )
+        return Moment(self.step, params, opt_states, scores, loss, stds, ms_per_step)
 
 
 def _stack(trees: Iterable[PyTree]) -> PyTree:
@@ -363,29 +349,40 @@ def _update(
     return jax.vmap(of_run)(rates, params, opt_states, grads, probes, losses)
 
 
-@partial(jax.jit, static_argnums=1, donate_argnums=(3, 4, 5))
-def _updates(
+def _step(
     task: Task,
     rule: Rule,
     rates: jax.Array,
-    params: PyTree,
-    opt_states: optax.OptState,
-    states: PyTree,
     keys: jax.Array,
+    carried: _Carried,
+    step: jax.Array,
+) -> tuple[_Carried, Gradient]:
+    """Step `step` of every run, in two programs."""
+    params, opt_states, states = carried
+    found = _gradient(task, params, states, keys, step)
+    params, opt_states = _update(
+        rule, rates, params, opt_states, found.grads, found.probes, found.loss
+    )
+    return _Carried(params, opt_states, found.state), found
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=4)
+def _steps(
+    task: Task,
+    rule: Rule,
+    rates: jax.Array,
+    keys: jax.Array,
+    carried: _Carried,
     begin: jax.Array,
     stop: jax.Array,
-) -> tuple[PyTree, optax.OptState, PyTree]:
-    """The steps `begin` up to `stop` of every run; what they change is given up."""
-
-    def step(index: jax.Array, carried: tuple) -> tuple:
-        params, opt_states, states = carried
-        found = _gradient(task, params, states, keys, index)
-        params, opt_states = _update(
-            rule, rates, params, opt_states, found.grads, found.probes, found.loss
-        )
-        return params, opt_states, found.state
-
-    return jax.lax.fori_loop(begin, stop, step, (params, opt_states, states))
+) -> _Carried:
+    """The steps from `begin` up to `stop`, in one; what is carried is given up."""
+    return jax.lax.fori_loop(
+        begin,
+        stop,
+        lambda step, carried: _step(task, rule, rates, keys, carried, step)[0],
+        carried,
+    )
 
 
 @jax.jit

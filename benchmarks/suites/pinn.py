@@ -344,7 +344,7 @@ PRESETS = {
         entries("depth", _AT_DEPTHS, AT_ANY_DEPTH, _rates(DEPTH_RATES)),
         Protocol((0, 1, 2), tuple(range(600, 605)), lowest_worst_with_margin),
         "an hour on 2 idle cores",
-        "depth 2 to 50 at equal steps and at equal wall-clock",
+        "depth 2 to 50 at equal steps and at equal steps times kernels",
         workers=2,
     ),
     "units": Preset(

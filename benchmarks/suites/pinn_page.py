@@ -158,7 +158,7 @@ def _seeds_figure(table: Scores) -> Figure | None:
 
 
 def _depth_figure(table: Scores) -> Figure | None:
-    """Error against depth, a panel for each start at equal steps or equal wall-clock.
+    """Error against depth, for each start at equal steps or equal steps x kernels.
 
     Where there is more than one depth.
     """
@@ -193,11 +193,10 @@ def _depth_figure(table: Scores) -> Figure | None:
 
 
 def _alike(cell: Cell) -> tuple[Cell, Cell]:
-    """The panels that a cell is in: of equal steps, and of equal wall-clock."""
+    """The panels that a cell is in: of equal steps, and of equal steps x kernels."""
     *start, depth, _, steps = cell
-    kernels = steps * (depth + 1)  # what the time of all steps grows with
-    at_equal_time = f"equal time, steps x kernels = {kernels}"
-    return (*start, f"{steps} steps"), (*start, at_equal_time)
+    kernels = steps * (depth + 1)  # what the time of all steps grows with, or faster
+    return (*start, f"{steps} steps"), (*start, f"steps x kernels = {kernels}")
 
 
 def _depth_panel(

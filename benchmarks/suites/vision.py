@@ -204,7 +204,7 @@ _CIFAR_RESNET20 = (
         for optimizer, rates in (
             ("Muon", _RATES_OF_MUON),
             # Alone it is still at chance after 300 steps of 0.001.
-            ("momentum", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+            ("momentum", (1e-4, 3e-4, *_FINE)),
             ("AdamW b2=0.9", RATES["AdamW b2=0.9"]),
         )
     ),
