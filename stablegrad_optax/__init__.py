@@ -6,14 +6,17 @@ from stablegrad_optax._autoscaled import (
 )
 from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
+from stablegrad_optax._diagnostics import health, scale_factors
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initializers import activation_aware_normal
-from stablegrad_optax._kernel import effective_kernel, effective_kernel_operator
+from stablegrad_optax._normalize import (
+    NormalizeByLeafNormState,
+    normalize_by_leaf_norm,
+)
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
-from stablegrad_optax._readings import health, scale_factors
 from stablegrad_optax._report import GradientReport, gradient_report
 from stablegrad_optax._report_measure import History, LeafReport
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
@@ -22,7 +25,6 @@ from stablegrad_optax._stabilizer import (
     gradient_stabilizer,
 )
 from stablegrad_optax._stablegrad import StableGradState, stablegrad
-from stablegrad_optax._step_bound import local_decrease_bound
 
 __all__ = [
     "ClipByHistoryState",
@@ -32,6 +34,7 @@ __all__ = [
     "GradientStabilizerState",
     "History",
     "LeafReport",
+    "NormalizeByLeafNormState",
     "OptimizerRuns",
     "SkipSpikesState",
     "StableGradState",
@@ -39,13 +42,11 @@ __all__ = [
     "clip_by_history",
     "compare_optimizers",
     "default_optimizers",
-    "effective_kernel",
-    "effective_kernel_operator",
     "gradient_autoscaled_normalization",
     "gradient_report",
     "gradient_stabilizer",
     "health",
-    "local_decrease_bound",
+    "normalize_by_leaf_norm",
     "prediction_grad_std",
     "scale_factors",
     "skip_spikes",
@@ -53,4 +54,4 @@ __all__ = [
     "value_and_grad_with_prediction_std",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"

@@ -35,7 +35,7 @@ def gradient_autoscaled_normalization(
     *,
     exponent: float | jax.Array | None = None,
     mask: _leaves.Mask | None = None,
-    stacked_axes: _leaves.StackedAxes | None = None,
+    num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Removes each weight's mean gradient and damps all weights by one scalar.
 
@@ -80,7 +80,7 @@ def gradient_autoscaled_normalization(
       mask: Which leaves are weights, instead of the rule above: a pytree of bools that
         is the gradient's tree or a prefix of it, or a function that makes one from the
         tree.
-      stacked_axes: How many leading axes of a leaf index separate layers: each slice
+      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
         has statistics of its own. As in :func:`stablegrad`.
 
     Returns:
@@ -90,7 +90,7 @@ def gradient_autoscaled_normalization(
 
     Raises:
       ValueError: At construction for an unknown ``autoscale`` or an ``exponent``
-        outside its range; in ``init`` or ``update`` for a ``mask`` or ``stacked_axes``
+        outside its range; in ``init`` or ``update`` for a ``mask`` or ``num_stacked_axes``
         that does not fit the tree; in ``update`` if a gradient is an integer, if the
         gradients are not those of the parameters, or if ``autoscale`` returns no real
         scalar.
@@ -138,7 +138,7 @@ def gradient_autoscaled_normalization(
     transform = autoscale if callable(autoscale) else AUTOSCALES[autoscale]
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(tree, mask=mask, stacked_axes=stacked_axes)
+        return _leaves.lay_out(tree, mask=mask, num_stacked_axes=num_stacked_axes)
 
     def init_fn(params: optax.Params) -> GradientAutoscaledNormalizationState:
         layout = lay_out(params)

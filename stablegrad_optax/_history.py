@@ -34,7 +34,7 @@ def clip_by_history(
     warmup_norm: float | jax.Array = 1.0,
     per_leaf: bool = True,
     mask: _leaves.Mask | None = None,
-    stacked_axes: _leaves.StackedAxes | None = None,
+    num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each leaf's norm at a multiple of the mean of its own clipped norms.
 
@@ -51,7 +51,7 @@ def clip_by_history(
 
     **The paper's** (AdaGC, Algorithm 1): the rule, its warm-up, and the defaults, a
     tensor's own statistics (``per_leaf=True``). **Ours**: ``per_leaf=False`` (one norm
-    and one mean for all leaves together), ``mask``, ``stacked_axes``, and the edges. A
+    and one mean for all leaves together), ``mask``, ``num_stacked_axes``, and the edges. A
     slice whose gradient is zero or not finite passes unchanged, its mean stands still
     and the global norm does without it; a slice that the warm-up never saw takes its
     first norm as it comes. Norms are in range from 1e-36 to 1e37, as in
@@ -77,7 +77,7 @@ def clip_by_history(
       mask: Which leaves to clip: a pytree of bools that is the gradient's tree or a
         prefix of it, or a function that makes one from the tree. Default: all floating
         leaves.
-      stacked_axes: How many leading axes of a leaf index separate layers: each slice
+      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
         has a mean of its own. As in :func:`stablegrad`.
 
     Returns:
@@ -86,7 +86,7 @@ def clip_by_history(
 
     Raises:
       ValueError: At construction for an argument outside its range; in ``init`` or
-        ``update`` for a ``mask`` or ``stacked_axes`` that does not fit the tree; in
+        ``update`` for a ``mask`` or ``num_stacked_axes`` that does not fit the tree; in
         ``update`` if a gradient is an integer, or if the gradients are not those of the
         parameters.
 
@@ -129,7 +129,10 @@ def clip_by_history(
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
         return _leaves.lay_out(
-            tree, mask=mask, stacked_axes=stacked_axes, default=_leaves.has_gradient
+            tree,
+            mask=mask,
+            num_stacked_axes=num_stacked_axes,
+            default=_leaves.has_gradient,
         )
 
     def init_fn(params: optax.Params) -> ClipByHistoryState:

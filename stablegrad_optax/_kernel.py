@@ -40,7 +40,7 @@ def effective_kernel(
 
     The matrix has :math:`n_{out}^2` entries and takes :math:`n_{out}` backward passes
     at once, hence :math:`n_{out}` times the memory of the parameters;
-    :func:`~stablegrad_optax.effective_kernel_operator` avoids both. For a network of
+    :func:`~stablegrad_optax.theory.effective_kernel_operator` avoids both. For a network of
     many layers wrap it in ``jax.jit`` with ``static_argnums=0``.
 
     Args:
@@ -68,7 +68,7 @@ def effective_kernel(
       Two inputs of a linear model: K = X X^T + 1.
 
       >>> import jax.numpy as jnp
-      >>> from stablegrad_optax import effective_kernel
+      >>> from stablegrad_optax.theory import effective_kernel
       >>> params = {"dense": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
       >>> def apply_fn(params, x):
       ...     return x @ params["dense"]["kernel"] + params["dense"]["bias"]
@@ -95,13 +95,13 @@ def effective_kernel_operator(
     inputs: Any,
     factors: Factors | None = None,
 ) -> Callable[[ArrayLike], jax.Array]:
-    r"""The product v -> K v of :func:`~stablegrad_optax.effective_kernel`, matrix-free.
+    r"""The product v -> K v of :func:`~stablegrad_optax.theory.effective_kernel`, matrix-free.
 
     The network is linearized once; each product then costs one backward and one forward
     pass through the linearization, and the memory of one gradient.
 
     Args:
-      apply_fn: As for :func:`~stablegrad_optax.effective_kernel`.
+      apply_fn: As for :func:`~stablegrad_optax.theory.effective_kernel`.
       params: As there.
       inputs: As there.
       factors: As there.
@@ -112,14 +112,14 @@ def effective_kernel_operator(
       another shape.
 
     Raises:
-      ValueError: As :func:`~stablegrad_optax.effective_kernel`.
+      ValueError: As :func:`~stablegrad_optax.theory.effective_kernel`.
 
     Examples:
       The largest eigenvalues by SciPy's Lanczos iteration:
 
       >>> import jax, jax.numpy as jnp, numpy as np
       >>> from scipy.sparse.linalg import LinearOperator, eigsh
-      >>> from stablegrad_optax import effective_kernel_operator
+      >>> from stablegrad_optax.theory import effective_kernel_operator
       >>> params = {"kernel": jnp.ones((3, 1))}
       >>> x = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
       >>> multiply = jax.jit(

@@ -22,7 +22,7 @@ from stablegrad_optax._numerics import widest_statistics_dtype
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
-StackedAxes = int | PyTree | Callable[[PyTree], PyTree]
+NumStackedAxes = int | PyTree | Callable[[PyTree], PyTree]
 
 
 class Leaf(NamedTuple):
@@ -67,7 +67,9 @@ class Leaf(NamedTuple):
         return bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
-def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf]:
+def describe(
+    tree: PyTree, num_stacked_axes: NumStackedAxes | None = None
+) -> list[Leaf]:
     """Describes every leaf of a tree of arrays or ``jax.ShapeDtypeStruct``.
 
     A trailing attribute ``value``, if its node holds nothing else, is the box of a
@@ -89,9 +91,9 @@ def describe(tree: PyTree, stacked_axes: StackedAxes | None = None) -> list[Leaf
         leaf if counts[leaf.name] == 1 else leaf._replace(name=full_name)
         for leaf, full_name in zip(leaves, full_names, strict=True)
     ]
-    if stacked_axes is None:
+    if num_stacked_axes is None:
         return leaves
-    stacked = _per_leaf("stacked_axes", stacked_axes, tree)
+    stacked = _per_leaf("num_stacked_axes", num_stacked_axes, tree)
     return list(map(_stacked, leaves, stacked))
 
 
@@ -123,7 +125,7 @@ def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
     valid = is_int and not isinstance(num_stacked, bool)
     if not valid or not 0 <= num_stacked <= len(leaf.shape):
         raise ValueError(
-            f"stacked_axes of leaf '{leaf.name}' must be an int from 0 to its number "
+            f"num_stacked_axes of leaf '{leaf.name}' must be an int from 0 to its number "
             f"of axes, {len(leaf.shape)}; got {num_stacked!r}."
         )
     return leaf._replace(num_stacked=int(num_stacked))
@@ -220,12 +222,12 @@ def lay_out(
     tree: PyTree,
     *,
     mask: Mask | None,
-    stacked_axes: StackedAxes | None = None,
+    num_stacked_axes: NumStackedAxes | None = None,
     followers: bool = False,
     default: Callable[[Leaf], bool] = is_weight_by_default,
 ) -> Layout:
     """Finds the weights and, if asked for, the leaves that follow them."""
-    leaves = tuple(describe(tree, stacked_axes))
+    leaves = tuple(describe(tree, num_stacked_axes))
     weights = tuple(leaves[i] for i in choose(tree, leaves, mask, default))
     siblings: dict[tuple[str, ...], tuple[Leaf, ...]] = {}
     for leaf in weights:

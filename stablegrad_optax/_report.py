@@ -12,7 +12,7 @@ from stablegrad_optax import _report_text
 from stablegrad_optax._checks import require_number
 from stablegrad_optax._leaves import (
     Mask,
-    StackedAxes,
+    NumStackedAxes,
     choose,
     describe,
     is_weight_by_default,
@@ -190,7 +190,7 @@ def gradient_report(
     grads: PyTree,
     *,
     mask: Mask | None = None,
-    stacked_axes: StackedAxes | None = None,
+    num_stacked_axes: NumStackedAxes | None = None,
     adam_eps: float = 1e-8,
     history: Mapping[str, ArrayLike] | None = None,
 ) -> GradientReport:
@@ -247,7 +247,7 @@ def gradient_report(
         is the gradient's tree or a prefix of it, or a function that makes one from the
         tree. Default: floating leaves with at least two axes and two elements whose own
         name is not ``bias``.
-      stacked_axes: How many leading axes of each leaf count separate layers or members,
+      num_stacked_axes: How many leading axes of each leaf count separate layers or members,
         as for :func:`~stablegrad_optax.stablegrad`: an int for all leaves or a pytree
         of them. The report then has a row for each slice. Default: none.
       adam_eps: The eps of the Adam that the gradients are meant for: entries far below
@@ -266,7 +266,7 @@ def gradient_report(
       ValueError: If ``grads`` has no floating leaf or no values (inside ``jit``,
         ``jax.ShapeDtypeStruct``); for arrays that other processes hold in part (gather
         them with ``jax.experimental.multihost_utils.process_allgather`` first); if
-        ``adam_eps`` is negative or not finite; for a ``mask``, ``stacked_axes`` or
+        ``adam_eps`` is negative or not finite; for a ``mask``, ``num_stacked_axes`` or
         ``history`` that do not fit the tree.
 
     Examples:
@@ -304,7 +304,7 @@ def gradient_report(
     """
     require_number("adam_eps", adam_eps, at_least=0)
     floating = jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, grads)
-    leaves = describe(floating, stacked_axes)
+    leaves = describe(floating, num_stacked_axes)
     if not leaves:
         raise ValueError(
             "grads must have a floating leaf; got "

@@ -106,7 +106,7 @@ def _notes(report: "GradientReport") -> dict[str, str]:
     if report.looks_stacked:
         notes["Looks stacked"] = (
             f"{_some(report.looks_stacked)} If the first axis counts layers or "
-            "members, give stacked_axes: a row for each."
+            "members, give num_stacked_axes: a row for each."
         )
     return notes
 

@@ -34,7 +34,7 @@ def gradient_stabilizer(
     bias_correction: bool = True,
     max_norm_ratio: float | jax.Array | None = None,
     mask: _leaves.Mask | None = None,
-    stacked_axes: _leaves.StackedAxes | None = None,
+    num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each leaf's gradient a norm that its own history sets.
 
@@ -59,7 +59,7 @@ def gradient_stabilizer(
     **The released code's**: bias correction, ``eps`` (beside the uncorrected root where
     there is none), every leaf counts, biases too; a leaf that is zero or not finite
     passes unchanged, and its statistics stand still. **Ours**: ``max_norm_ratio``,
-    ``mask``, ``stacked_axes``, statistics in float32 (float64 for double precision
+    ``mask``, ``num_stacked_axes``, statistics in float32 (float64 for double precision
     leaves) that neither overflow nor underflow for norms from 1e-36 to 1e37 in any
     dtype, and, by Cauchy and Schwarz, the bound of the bias-corrected form at step t,
     :math:`\rho^2 \le \sum_j a_j^2/b_j` with :math:`a_j = (1-\gamma_1)\gamma_1^j /
@@ -103,7 +103,7 @@ def gradient_stabilizer(
       mask: Which leaves to scale: a pytree of bools that is the gradient's tree or a
         prefix of it, or a function that makes one from the tree. Default: all floating
         leaves.
-      stacked_axes: How many leading axes of a leaf index separate layers: each slice
+      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
         has statistics of its own. As in :func:`stablegrad`.
 
     Returns:
@@ -113,7 +113,7 @@ def gradient_stabilizer(
 
     Raises:
       ValueError: At construction for an argument outside its range; in ``init`` or
-        ``update`` for a ``mask`` or ``stacked_axes`` that does not fit the tree; in
+        ``update`` for a ``mask`` or ``num_stacked_axes`` that does not fit the tree; in
         ``update`` if a gradient is an integer, or if the gradients are not those of the
         parameters.
 
@@ -153,7 +153,10 @@ def gradient_stabilizer(
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
         return _leaves.lay_out(
-            tree, mask=mask, stacked_axes=stacked_axes, default=_leaves.has_gradient
+            tree,
+            mask=mask,
+            num_stacked_axes=num_stacked_axes,
+            default=_leaves.has_gradient,
         )
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:

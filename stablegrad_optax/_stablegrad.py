@@ -36,7 +36,7 @@ def stablegrad(
     eps: float | jax.Array = 1e-30,
     scale_biases: bool = True,
     mask: _leaves.Mask | None = None,
-    stacked_axes: _leaves.StackedAxes | None = None,
+    num_stacked_axes: _leaves.NumStackedAxes | None = None,
     max_reference_growth: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales each weight's gradient to a reference standard deviation.
@@ -60,7 +60,7 @@ def stablegrad(
     for it: the constant default reference, biases that share their layer's factor, the
     value of ``eps``, the floor ``rms_l / 10`` (a gradient whose spread is negligible
     beside its mean is not blown up: no scaled weight's RMS exceeds ten references),
-    ``mask``, ``stacked_axes`` and ``max_reference_growth``.
+    ``mask``, ``num_stacked_axes`` and ``max_reference_growth``.
 
     A *weight* is a floating leaf with at least two axes and two elements whose own name
     is not ``bias`` (Flax's attention biases have two axes, Equinox's convolutions'
@@ -95,11 +95,11 @@ def stablegrad(
         is the gradient's tree or a prefix of it, or a function that makes one from the
         tree (a pytree that can be called, an Equinox module, is a pytree). Leaves below
         a prefix ``True`` are each a weight of their own.
-      stacked_axes: How many leading axes of a leaf index separate layers (``nn.scan``,
+      num_stacked_axes: How many leading axes of a leaf index separate layers (``nn.scan``,
         ``nnx.vmap``, vmapped ensembles): each slice has its own statistic and factor.
         An int for all leaves, a pytree (prefix) of ints, or a function that makes one.
         ``optax.inject_hyperparams`` must be told that it, like a function as ``mask``,
-        is structural: ``static_args=("stacked_axes", "mask")``.
+        is structural: ``static_args=("num_stacked_axes", "mask")``.
       max_reference_growth: Limits the reference to this many times its own running
         mean (decay 0.95 a step, bias-corrected, fed with the limited value); above 1.
         A live ``prediction_grad_std`` grows with the loss and passes its spikes
@@ -112,7 +112,7 @@ def stablegrad(
 
     Raises:
       ValueError: At construction for a number outside its range; in ``init`` or
-        ``update`` for a ``mask`` or ``stacked_axes`` that does not fit the tree; in
+        ``update`` for a ``mask`` or ``num_stacked_axes`` that does not fit the tree; in
         ``update`` if there is no reference, if a gradient is an integer, or if the
         gradients are not those of the parameters: the transformation belongs behind
         the aggregation where each example has a gradient of its own.
@@ -162,7 +162,7 @@ def stablegrad(
 
     def lay_out(tree: optax.Updates) -> _leaves.Layout:
         return _leaves.lay_out(
-            tree, mask=mask, stacked_axes=stacked_axes, followers=scale_biases
+            tree, mask=mask, num_stacked_axes=num_stacked_axes, followers=scale_biases
         )
 
     def init_fn(params: optax.Params) -> StableGradState:

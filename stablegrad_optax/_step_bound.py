@@ -64,7 +64,7 @@ def local_decrease_bound(
       For the loss :math:`a x^2 / 2` the gradient step overshoots beyond 2 / a:
 
       >>> import jax, jax.numpy as jnp
-      >>> from stablegrad_optax import local_decrease_bound
+      >>> from stablegrad_optax.theory import local_decrease_bound
       >>> loss_fn = lambda params: 4.0 * params["x"] ** 2 / 2
       >>> params = {"x": jnp.array(3.0)}
       >>> print(local_decrease_bound(loss_fn, params, jax.grad(loss_fn)(params)))

@@ -19,6 +19,7 @@ from stablegrad_optax import (
     clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
+    normalize_by_leaf_norm,
     skip_spikes,
     stablegrad,
 )
@@ -88,10 +89,10 @@ def skip_spikes_around(
     decay: float = 0.99,
     warmup_steps: int = 100,
     mask: Any = None,
-    stacked_axes: Any = None,
+    num_stacked_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Of stablegrad, which has a state, a mask and stacked axes."""
-    inner = stablegrad(mask=mask, stacked_axes=stacked_axes)
+    inner = stablegrad(mask=mask, num_stacked_axes=num_stacked_axes)
     return skip_spikes(inner, max_deviation, decay=decay, warmup_steps=warmup_steps)
 
 
@@ -114,8 +115,8 @@ CASES = [
     Case(
         "stablegrad-stacked",
         stablegrad,
-        {"stacked_axes": stacked_by_name},
-        static_args=("stacked_axes",),
+        {"num_stacked_axes": stacked_by_name},
+        static_args=("num_stacked_axes",),
     ),
     Case("stabilizer", gradient_stabilizer, lowest_exponent=-10),
     Case(
@@ -127,9 +128,20 @@ CASES = [
     Case(
         "stabilizer-stacked",
         gradient_stabilizer,
-        {"stacked_axes": stacked_by_name},
-        static_args=("stacked_axes",),
+        {"num_stacked_axes": stacked_by_name},
+        static_args=("num_stacked_axes",),
         lowest_exponent=-10,
+    ),
+    Case(
+        "normalize", normalize_by_leaf_norm, numerical_floors=(), lowest_exponent=-100
+    ),
+    Case(
+        "normalize-stacked",
+        normalize_by_leaf_norm,
+        {"num_stacked_axes": stacked_by_name},
+        static_args=("num_stacked_axes",),
+        numerical_floors=(),
+        lowest_exponent=-100,
     ),
     Case(
         "autoscaled",
@@ -143,8 +155,8 @@ CASES = [
     Case(
         "autoscaled-stacked",
         gradient_autoscaled_normalization,
-        {"stacked_axes": stacked_by_name},
-        static_args=("stacked_axes",),
+        {"num_stacked_axes": stacked_by_name},
+        static_args=("num_stacked_axes",),
         numerical_floors=(),
         degree=None,
         is_idempotent=False,
@@ -186,8 +198,8 @@ CASES = [
     Case(
         "history-stacked",
         clip_by_history,
-        {"stacked_axes": stacked_by_name},
-        static_args=("stacked_axes",),
+        {"num_stacked_axes": stacked_by_name},
+        static_args=("num_stacked_axes",),
         numerical_floors=(),
         degree=None,
         is_layerwise=False,

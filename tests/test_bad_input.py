@@ -112,32 +112,32 @@ CALLS = {
         "mask chooses leaf 'a/kernel' of dtype int32; only floating leaves",
     ),
     # Stacked layers.
-    "stacked_axes below 0": (
-        lambda: init(stacked_axes=-1),
-        "stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
+    "num_stacked_axes below 0": (
+        lambda: init(num_stacked_axes=-1),
+        "num_stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
         "axes, 1; got -1",
     ),
-    "stacked_axes beyond the axes": (
-        lambda: init(stacked_axes=2),
-        "stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
+    "num_stacked_axes beyond the axes": (
+        lambda: init(num_stacked_axes=2),
+        "num_stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
         "axes, 1; got 2",
     ),
-    "stacked_axes float": (
-        lambda: init(stacked_axes=1.0),
-        "stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
+    "num_stacked_axes float": (
+        lambda: init(num_stacked_axes=1.0),
+        "num_stacked_axes of leaf 'hidden/bias' must be an int from 0 to its number of "
         "axes, 1; got 1.0",
     ),
-    "stacked_axes bool": (
-        lambda: init(stacked_axes=True),
-        "stacked_axes of leaf 'hidden/bias' must be an int",
+    "num_stacked_axes bool": (
+        lambda: init(num_stacked_axes=True),
+        "num_stacked_axes of leaf 'hidden/bias' must be an int",
     ),
-    "stacked_axes of another tree": (
-        lambda: init(stacked_axes={"hidden": 1}),
-        "stacked_axes must be a pytree prefix of the gradient tree, or a callable",
+    "num_stacked_axes of another tree": (
+        lambda: init(num_stacked_axes={"hidden": 1}),
+        "num_stacked_axes must be a pytree prefix of the gradient tree, or a callable",
     ),
-    "stacked_axes callable for another tree": (
-        lambda: init(stacked_axes=lambda tree: (0, 1)),
-        "stacked_axes must be a pytree prefix of the gradient tree, or a callable",
+    "num_stacked_axes callable for another tree": (
+        lambda: init(num_stacked_axes=lambda tree: (0, 1)),
+        "num_stacked_axes must be a pytree prefix of the gradient tree, or a callable",
     ),
     # In update.
     "no reference": (

@@ -13,13 +13,12 @@ import pytest
 from flax import nnx
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from stablegrad_optax import (
+from stablegrad_optax import scale_factors, stablegrad
+from stablegrad_optax.theory import (
     effective_kernel,
     effective_kernel_operator,
     local_decrease_bound,
 )
-from stablegrad_optax._readings import scale_factors
-from stablegrad_optax._stablegrad import stablegrad
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def first_steps(scale, gain, depth=16, steps=100):
     """The first gradient and the factors of the first steps of training."""
     params = tanh_network(gain, depth)
     stacked = {"first": 0, "hidden": 1, "last": 0}
-    tx = optax.chain(stablegrad(stacked_axes=stacked), optax.adamw(1e-3))
+    tx = optax.chain(stablegrad(num_stacked_axes=stacked), optax.adamw(1e-3))
 
     def loss(params):
         return scale * poisson_loss(params)
@@ -133,7 +133,7 @@ def first_steps(scale, gain, depth=16, steps=100):
         return jax.lax.scan(step, start, length=steps)[1]
 
     history = scale_factors(train(params), params)
-    return jax.grad(loss)(params), {"stacked_axes": stacked, "history": history}
+    return jax.grad(loss)(params), {"num_stacked_axes": stacked, "history": history}
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -144,7 +144,10 @@ def test_the_first_steps_tell_an_exploding_start_from_a_large_loss():
     assert f"{exploding.history.drifted} fell by" in " ".join(str(exploding).split())
 
     grads, first = first_steps(scale=1e5, gain=1.0)
-    assert gradient_report(grads, stacked_axes=first["stacked_axes"]).verdict == "large"
+    assert (
+        gradient_report(grads, num_stacked_axes=first["num_stacked_axes"]).verdict
+        == "large"
+    )
     report = gradient_report(grads, **first)
     assert report.verdict == "no trouble seen"
     assert report.history.steps == 100
@@ -433,7 +436,7 @@ def test_stacked_axes_have_a_row_for_each_slice():
     grads = stacked_layers()
     layers = {f"{i:02}": {"kernel": k} for i, k in enumerate(grads["kernel"])}
     apart = gradient_report(layers)
-    report = gradient_report(grads, stacked_axes=1)
+    report = gradient_report(grads, num_stacked_axes=1)
     assert report.verdict == apart.verdict == "unbalanced between layers"
     assert report.std_ratio == pytest.approx(10**7.6)
     assert report.smallest.name == "kernel[19]"
@@ -441,15 +444,16 @@ def test_stacked_axes_have_a_row_for_each_slice():
     rows = [leaf for leaf in report.leaves if leaf.is_weight]
     assert [leaf.std for leaf in rows] == [leaf.std for leaf in apart.leaves]
     assert (
-        len(gradient_report(grads, stacked_axes={"kernel": 2, "bias": 0}).leaves) == 81
+        len(gradient_report(grads, num_stacked_axes={"kernel": 2, "bias": 0}).leaves)
+        == 81
     )
 
 
 def test_a_leaf_that_looks_stacked_is_named():
     report = gradient_report(stacked_layers())
     assert report.looks_stacked == ("kernel",)
-    assert "give stacked_axes" in " ".join(str(report).split())
-    assert gradient_report(stacked_layers(), stacked_axes=1).looks_stacked == ()
+    assert "give num_stacked_axes" in " ".join(str(report).split())
+    assert gradient_report(stacked_layers(), num_stacked_axes=1).looks_stacked == ()
     members = {"kernel": np.ones((5, 4, 3)), "bias": np.ones((5, 3))}
     assert gradient_report(members).looks_stacked == ()
     members["kernel"][2] = 0
@@ -464,7 +468,7 @@ def test_a_leaf_that_looks_stacked_is_named():
 def test_a_dead_member_is_seen():
     members = {"kernel": np.stack([np.eye(3)] * 5), "bias": np.ones((5, 3))}
     members["kernel"][2] = 0
-    report = gradient_report(members, stacked_axes=1)
+    report = gradient_report(members, num_stacked_axes=1)
     assert report.verdict == "dead weights"
     assert "No gradient: kernel[2]." in str(report)
     assert report.std_ratio == 1
@@ -478,8 +482,8 @@ def test_a_mask_chooses_the_weights():
     assert [leaf.is_weight for leaf in report.leaves] == [True, False]
     with pytest.raises(ValueError, match="mask must be a pytree prefix"):
         gradient_report(grads, mask={"layer_0": True})
-    with pytest.raises(ValueError, match="stacked_axes of leaf"):
-        gradient_report(grads, stacked_axes=3)
+    with pytest.raises(ValueError, match="num_stacked_axes of leaf"):
+        gradient_report(grads, num_stacked_axes=3)
 
 
 def test_embeddings_are_named():

@@ -150,7 +150,7 @@ def test_sharded_stacks_equal_one_device():
         * 10.0 ** np.arange(-4, 4)[:, None, None].astype("f"),
         "bias": rng.normal(size=(8, 4)).astype("f"),
     }
-    tx = stablegrad(stacked_axes=1)
+    tx = stablegrad(num_stacked_axes=1)
     expected, expected_state = jax.jit(tx.update)(grads, tx.init(grads))
     sharding = NamedSharding(mesh(), PartitionSpec("x"))
     sharded = jax.device_put(grads, sharding)

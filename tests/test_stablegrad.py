@@ -363,7 +363,7 @@ def test_a_scanned_net_equals_the_same_net_unrolled():
             y = block(y, **params[f"layer_{i}"])
         return jnp.mean(y**2)
 
-    tx = stablegrad(stacked_axes=1)
+    tx = stablegrad(num_stacked_axes=1)
     grads = jax.jit(jax.grad(scanned_loss))(params)
     updates, state = jax.jit(tx.update)(grads, tx.init(grads))
     scanned = updates["ScanLayer_0"]["Dense_0"]
@@ -405,7 +405,7 @@ def test_nnx_vmapped_layers_are_scaled_slice_by_slice():
     grads = jax.tree.map(
         lambda p: (p + 0.1) * scales.reshape(3, *(1,) * (p.ndim - 1)), params
     )
-    tx = stablegrad(stacked_axes=1)
+    tx = stablegrad(num_stacked_axes=1)
     updates, _ = tx.update(grads, tx.init(grads))
     assert_trees_close(updates, slices_scaled_alone(stablegrad(), grads, 3))
 
@@ -414,7 +414,7 @@ def test_a_vmapped_ensemble_is_scaled_member_by_member():
     """The same as `jax.vmap` of the transformation over the members."""
     members = [gradients(seed, scale=10.0**seed) for seed in range(3)]
     grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    tx = stablegrad(stacked_axes=1)
+    tx = stablegrad(num_stacked_axes=1)
     updates, state = tx.update(grads, tx.init(grads))
     assert_trees_close(updates, slices_scaled_alone(stablegrad(), grads, 3))
     over_members = jax.vmap(lambda g: stablegrad().update(g, stablegrad().init(g))[0])
@@ -431,7 +431,7 @@ def test_two_stacked_axes_and_plain_layers_in_one_tree():
         },
         "head": {"kernel": rng.normal(size=(4, 2)).astype("f")},
     }
-    tx = stablegrad(stacked_axes={"grid": 2, "head": 0})
+    tx = stablegrad(num_stacked_axes={"grid": 2, "head": 0})
     updates, state = tx.update(grads, tx.init(grads))
     for i, j in np.ndindex(2, 3):
         by = factor(grads["grid"]["kernel"][i, j])
@@ -455,7 +455,7 @@ def test_a_bias_follows_slice_by_slice_and_the_whole_of_an_unstacked_weight():
     stacked, whole = rng.normal(size=(2, 3, 3)), 10 * rng.normal(size=(4, 4))
     grads = {"w": np.float32(stacked), "v": np.float32(whole), "b": np.ones((2, 3))}
     tx = stablegrad(
-        stacked_axes={"w": 1, "v": 0, "b": 1},
+        num_stacked_axes={"w": 1, "v": 0, "b": 1},
         mask={"b": False} | {"w": True, "v": True},
     )
     updates, _ = tx.update(grads, tx.init(grads))

@@ -55,7 +55,7 @@ def measure(machine):
 
     @functools.partial(jax.jit, static_argnames=("which", "num_stacked"))
     def compiled(tree, which="spreads", num_stacked=0):
-        layout = _leaves.lay_out(tree, mask=None, stacked_axes=num_stacked)
+        layout = _leaves.lay_out(tree, mask=None, num_stacked_axes=num_stacked)
         return getattr(_statistics, which)(jax.tree.leaves(tree), layout.leaves)
 
     def side_by_side(*args, cpu, default):

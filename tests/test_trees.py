@@ -80,7 +80,7 @@ def test_a_scanned_net_equals_the_unrolled_one(case):
     """Layers at 1e-4 to 1e4 in one leaf: each slice is a layer, at every step."""
     rng = np.random.default_rng(0)
     scales = 10.0 ** np.array([-4, 0, 4])
-    tx, tx_stacked = case.make(), case.make(stacked_axes=1)
+    tx, tx_stacked = case.make(), case.make(num_stacked_axes=1)
     update, update_stacked = (
         jax.jit(functools.partial(each.update, **case.extra_args))
         for each in (tx, tx_stacked)
@@ -114,12 +114,12 @@ class Module(eqx.Module):
         raise AssertionError("a mask is not called")
 
 
-@pytest.mark.parametrize("argument", ["mask", "stacked_axes"])
+@pytest.mark.parametrize("argument", ["mask", "num_stacked_axes"])
 @each_method
 def test_masks_and_stacks_may_be_callable_pytrees(case, argument):
     model = Module(eqx.nn.Linear(2, 3, key=jax.random.key(0)))
     value = jax.tree.map(lambda leaf: leaf.ndim == 2, model)
-    if argument == "stacked_axes":
+    if argument == "num_stacked_axes":
         value = jax.tree.map(int, value)
     as_pytree = case.make(**{argument: value})
     as_function = case.make(**{argument: lambda tree: value})

@@ -54,7 +54,7 @@ def measure(network: Network, key: jax.Array) -> dict[str, Any]:
     init_key, data_key = jax.random.split(key)
     params = network.init(init_key)
     tx = optax.chain(
-        stablegrad(stacked_axes=network.stacked_axes), optax.adamw(RATES[0])
+        stablegrad(num_stacked_axes=network.num_stacked_axes), optax.adamw(RATES[0])
     )
 
     @jax.jit
@@ -74,7 +74,7 @@ def measure(network: Network, key: jax.Array) -> dict[str, Any]:
     grads, states = first_steps(params)
     report = stablegrad_optax.gradient_report(
         grads,
-        stacked_axes=network.stacked_axes,
+        num_stacked_axes=network.num_stacked_axes,
         history=stablegrad_optax.scale_factors(states, params),
     )
     history = report.history
@@ -98,7 +98,7 @@ def train(network: Network, key: jax.Array) -> dict[str, Any]:
         treatments = (
             optax.identity(),
             optax.clip_by_global_norm(1.0),
-            stablegrad(stacked_axes=network.stacked_axes),
+            stablegrad(num_stacked_axes=network.num_stacked_axes),
         )
         b2 = jnp.where(arm == 0, 0.999, 0.9)
         return optax.chain(one_of(arm, treatments), optax.adamw(rate, b2=b2))

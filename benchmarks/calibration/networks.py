@@ -35,7 +35,7 @@ class Network:
         loss: (parameters, batch) -> f[].
         sample: key -> batch.
         score: parameters -> f[], relative.
-        stacked_axes: as `gradient_report` takes it.
+        num_stacked_axes: as `gradient_report` takes it.
         steps: how long it is trained.
     """
 
@@ -44,7 +44,7 @@ class Network:
     loss: Callable[[PyTree, Any], Array]
     sample: Callable[[Array], Any]
     score: Callable[[PyTree], Array]
-    stacked_axes: Any = None
+    num_stacked_axes: Any = None
     steps: int = 200
 
 

@@ -87,7 +87,7 @@ def test_health_has_the_factor_of_every_leaf(method):
 
 def test_health_of_stacked_leaves_and_of_a_chain():
     stacked = {"dense": {"kernel": 0, "bias": 0}, "stack": {"kernel": 1}}
-    tx = optax.chain(stablegrad(stacked_axes=stacked), gradient_stabilizer())
+    tx = optax.chain(stablegrad(num_stacked_axes=stacked), gradient_stabilizer())
     flat = health(updated(tx, GRADS), GRADS)
     # 1 / std, and the stabilizer gives the whole leaf the norm 1: six entries of 2.
     assert [flat[f"scale_factor/stack/kernel[{i}]"] for i in range(3)] == pytest.approx(
@@ -100,8 +100,8 @@ def test_health_counts_leaves_that_are_not_finite():
     bad = jax.tree.map(jnp.copy, GRADS)
     bad["stack"]["kernel"] = bad["stack"]["kernel"].at[:2, 0, 0].set(jnp.nan)
     stacked = {"dense": {"kernel": 0, "bias": 0}, "stack": {"kernel": 1}}
-    for stacked_axes in (None, stacked):
-        tx = stablegrad(stacked_axes=stacked_axes)
+    for num_stacked_axes in (None, stacked):
+        tx = stablegrad(num_stacked_axes=num_stacked_axes)
         assert health(updated(tx, bad))["nonfinite_leaves"] == 1
         assert health(updated(tx, GRADS))["nonfinite_leaves"] == 0
 
@@ -139,7 +139,7 @@ def test_health_of_clip_by_history():
 
 def test_slices_of_a_limited_leaf_count_once():
     stacked = {"dense": {"kernel": 0, "bias": 0}, "stack": {"kernel": 1}}
-    tx = clip_by_history(warmup_steps=0, stacked_axes=stacked)
+    tx = clip_by_history(warmup_steps=0, num_stacked_axes=stacked)
     _, state = tx.update(GRADS, tx.init(GRADS))
     _, state = tx.update(jax.tree.map(lambda x: 9 * x, GRADS), state)
     assert health(state)["limited_leaves"] == 3
