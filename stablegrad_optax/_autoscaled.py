@@ -1,5 +1,6 @@
 """Gradient Autoscaled Normalization: centred gradients times one global scalar."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablegrad_optax import _leaves, _slices, _statistics
-from stablegrad_optax._checks import require_number, require_scalar
+from stablegrad_optax import _gradients, _leaves, _slices, _statistics
+from stablegrad_optax._checks import renamed, require_number, require_scalar
 from stablegrad_optax._numerics import narrow, scale, sum_dtype
 
 AUTOSCALES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -30,11 +31,12 @@ class GradientAutoscaledNormalizationState(NamedTuple):
     leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
 
 
+@renamed(stacked_axes="num_stacked_axes")
 def gradient_autoscaled_normalization(
     autoscale: str | Callable[[jax.Array], jax.Array] = "tanh",
     *,
     exponent: float | jax.Array | None = None,
-    mask: _leaves.Mask | None = None,
+    mask: _leaves.Selection | None = None,
     num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Removes each weight's mean gradient and damps all weights by one scalar.
@@ -45,43 +47,31 @@ def gradient_autoscaled_normalization(
         \alpha_t = f(\sigma_t)^p, \qquad
         p = \min\bigl(1,\ 1 / |\ln f(\sigma_1)|\bigr)
 
-    with :math:`\bar g_l` the mean of weight ``l``'s gradient over all its elements,
-    :math:`\sigma_t` the standard deviation of all centred gradients together and f the
+    where :math:`\bar g_l` is the mean of weight ``l``'s gradient over all its elements,
+    :math:`\sigma_t` the standard deviation of all centred gradients together, and f the
     hyperbolic tangent. So :math:`0 < \alpha_t \le 1`, and at the first step
-    :math:`\alpha_1 = \max(f(\sigma_1), 1/e)`. Leaves that are not weights, biases say,
-    stay as they are.
+    :math:`\alpha_1 = \max(f(\sigma_1), 1/e)`.
 
-    **The paper's**, second hand, for its text was not available to us: the mean of each
-    eligible layer's gradient is subtracted, then all of them are multiplied by one
-    smooth, hyperparameter-free function of the global standard deviation, with an
-    exponent that the first step sets lest the gradients shrink too far. Nothing is
-    divided by a standard deviation, and steps only ever get shorter.
-    **Our reading**, since its formulas are unknown to us: f, p, which leaves are
-    eligible, and what happens at the edges. A weight is a floating leaf with at least
-    two axes and two elements whose own name is not ``bias``. The exponent is fixed at
-    the first update whose :math:`\sigma` is finite and not zero. A leaf that is not
-    finite harms itself alone: it counts neither towards :math:`\sigma_t` nor towards
-    the exponent. Where all centred gradients are zero :math:`\alpha_t` is 1.
+    That layer means are removed, and that one function of the global deviation scales
+    all weights, is the published rule. The formulas of f and p, and the choice of
+    weights, are our reading, because the paper's text was not available to us.
 
-    **When to use it**: with SGD, where the scalar acts in full. **When not**: as a
-    protection from spikes, for a larger :math:`\sigma` gives a larger
-    :math:`\alpha`; with AdamW, where six candidates for f could not be told apart in
-    our runs, since a constant factor cancels. ``autoscale="none"``, the mean removal
-    alone, is the control that every comparison needs.
-
-    The mean is over the whole tensor, whatever its layout: kernels in Flax's (HWIO, IO)
-    and in PyTorch's order get the same result. ``optax.centralize`` averages over all
-    axes but the first instead, which is gradient centralization in PyTorch's alone.
+    A weight is a floating array with at least two axes and two elements whose own name
+    is not ``bias``. Other arrays stay as they are. The first update whose
+    :math:`\sigma` is finite and not zero fixes the exponent. An array that is not
+    finite counts neither towards :math:`\sigma_t` nor towards the exponent. If all
+    centred gradients are zero, :math:`\alpha_t` is 1.
 
     Args:
-      autoscale: f. ``"tanh"``; ``"none"``, the constant 1; or a callable from
-        :math:`\sigma`, f[], to a positive f[].
+      autoscale: The function f: ``"tanh"``, ``"none"`` for the constant 1, which leaves
+        the removal of the mean alone, or a callable from :math:`\sigma`, f[], to a
+        positive f[].
       exponent: Replaces p by a constant, at least 0.
-      mask: Which leaves are weights, instead of the rule above: a pytree of bools that
-        is the gradient's tree or a prefix of it, or a function that makes one from the
-        tree.
-      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
-        has statistics of its own. As in :func:`stablegrad`.
+      mask: Which arrays to transform: a pytree of bools, a prefix of one, or a function
+        of the tree that returns one. ``False`` leaves an array exactly as it is.
+        Default: all. Mask embeddings, whose untouched rows would move.
+      num_stacked_axes: How many leading axes of an array index separate layers (see
+        :func:`stablegrad`). Each slice then has its own mean. Default: none.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state
@@ -90,41 +80,30 @@ def gradient_autoscaled_normalization(
 
     Raises:
       ValueError: At construction for an unknown ``autoscale`` or an ``exponent``
-        outside its range; in ``init`` or ``update`` for a ``mask`` or ``num_stacked_axes``
-        that does not fit the tree; in ``update`` if a gradient is an integer, if the
-        gradients are not those of the parameters, or if ``autoscale`` returns no real
-        scalar.
+        outside its range; in ``init`` or ``update`` if ``mask`` or ``num_stacked_axes``
+        does not fit the tree; in ``update`` if a gradient is an integer, if the
+        gradients are not those of the parameters, or if ``autoscale`` does not return a
+        real scalar.
 
     Examples:
       >>> import jax.numpy as jnp, optax
-      >>> from stablegrad_optax import gradient_autoscaled_normalization, scale_factors
+      >>> from stablegrad_optax import gradient_autoscaled_normalization
       >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-      >>> grads = {
-      ...     "kernel": jnp.array([[3.0, 2.0], [2.0, 1.0]]),
-      ...     "bias": jnp.array([2.0, 1.0]),
-      ... }
+      >>> kernel = jnp.array([[3.0, 2.0], [2.0, 1.0]])
+      >>> grads = {"kernel": kernel, "bias": jnp.array([2.0, 1.0])}
       >>> tx = optax.chain(gradient_autoscaled_normalization(), optax.sgd(1.0))
       >>> updates, state = tx.update(grads, tx.init(params), params)
       >>> with jnp.printoptions(precision=3, suppress=True):
       ...     print(updates["kernel"], updates["bias"])
       [[-0.609 -0.   ]
        [-0.     0.609]] [-2. -1.]
-      >>> {
-      ...     name: f"{factor:.3f}"
-      ...     for name, factor in scale_factors(state, params).items()
-      ... }
-      {'kernel': '0.609'}
-
-      The control, and another transform:
-
-      >>> tx = gradient_autoscaled_normalization("none")
-      >>> tx = gradient_autoscaled_normalization(
-      ...     lambda std: std / (1 + std), exponent=0.5
-      ... )
 
     References:
       Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
       <https://arxiv.org/abs/2509.03677>`_, 2025
+
+      Yun, `Hyperparameter-Free Auto-Scaled Gradient Normalization via Global Standard
+      Deviation Dynamics <https://openreview.net/forum?id=d4e2FnDNl3>`_, 2025
     """
     is_name = isinstance(autoscale, str) and autoscale in AUTOSCALES
     if not callable(autoscale) and not is_name:
@@ -137,16 +116,19 @@ def gradient_autoscaled_normalization(
         require_number("exponent", exponent, at_least=0)
     transform = autoscale if callable(autoscale) else AUTOSCALES[autoscale]
 
-    def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(tree, mask=mask, num_stacked_axes=num_stacked_axes)
+    lay_out = functools.partial(
+        _gradients.lay_out,
+        mask=mask,
+        num_stacked_axes=num_stacked_axes,
+        default=_leaves.is_weight_by_default,
+    )
 
     def init_fn(params: optax.Params) -> GradientAutoscaledNormalizationState:
         layout = lay_out(params)
-        dtype = layout.dtype
         return GradientAutoscaledNormalizationState(
-            grad_std=jnp.zeros((), dtype),
-            exponent=jnp.zeros((), dtype),
-            scale_factors=jnp.ones(layout.num_slices, dtype),
+            grad_std=jnp.zeros((), layout.dtype),
+            exponent=jnp.zeros((), layout.dtype),
+            scale_factors=layout.ones(),
             leaf_ids=jnp.array(layout.leaf_ids),
         )
 
@@ -157,18 +139,18 @@ def gradient_autoscaled_normalization(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientAutoscaledNormalizationState]:
         del extra_args
-        layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.leaf_ids, params)
-        dtype, weights = state.grad_std.dtype, layout.weights
-
-        arrays = _slices.take(updates, weights)
-        means, deviations = _statistics.means_and_deviations(arrays, weights)
-        std, all_finite = _pool(deviations.astype(dtype), weights)
+        grads = _gradients.receive(updates, lay_out, state, params)
+        weights = grads.layout.weights
+        means, deviations = _statistics.means_and_deviations(grads.arrays(), weights)
+        std, all_finite = _pool(deviations.astype(grads.dtype), weights)  # sigma_t
         alpha, fixed = _alpha(transform, std, exponent, state.exponent)
-        of_leaves = zip(arrays, _slices.read(means, weights), strict=True)
-        scaled = [_centre_and_scale(array, mean, alpha) for array, mean in of_leaves]
+        centred = map(
+            functools.partial(_centre_and_scale, factor=alpha),
+            grads.arrays(),
+            _slices.read(means, weights),
+        )
         return (
-            _slices.replace(updates, weights, scaled),
+            _slices.replace(updates, weights, centred),
             GradientAutoscaledNormalizationState(
                 grad_std=std,
                 exponent=jnp.where(all_finite & (std > 0), fixed, state.exponent),

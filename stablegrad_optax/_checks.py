@@ -1,14 +1,43 @@
 """Checks of arguments: the name, what was given, what is allowed."""
 
+import functools
 import inspect
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Raises a ``TypeError`` with the new name where an old argument is given."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old in names.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{function.__name__} has no argument '{old}'; its name is "
+                    f"'{names[old]}' now."
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raises for anything but True and False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
 
 
 def require_number(

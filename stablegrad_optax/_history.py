@@ -1,14 +1,15 @@
-"""clip_by_history: each leaf's norm at most a little above its own running mean."""
+"""AdaGC: clips each array at a multiple of the running mean of its norms."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stablegrad_optax import _leaves, _slices, _statistics
-from stablegrad_optax._checks import require_number
-from stablegrad_optax._numerics import divide, newest_share
+from stablegrad_optax import _gradients, _leaves, _statistics
+from stablegrad_optax._checks import renamed, require_number
+from stablegrad_optax._numerics import divide, newest_share, weighted_mean
 
 
 class ClipByHistoryState(NamedTuple):
@@ -19,102 +20,80 @@ class ClipByHistoryState(NamedTuple):
     the factors with :func:`scale_factors`.
     """
 
-    norm_mean: jax.Array  # f[slices] or f[1], of clipped norms, 0 before the first
+    norm_mean: jax.Array  # f[slices], of clipped norms, 0 before the first
     num_steps: jax.Array  # i32[], how many updates had a norm
-    is_limited: jax.Array  # bool[slices], whether the last update was clipped
     scale_factors: jax.Array  # f[slices], 1 before the first update
     leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
 
 
+@renamed(stacked_axes="num_stacked_axes")
 def clip_by_history(
     max_ratio: float | jax.Array = 1.05,
     *,
     decay: float | jax.Array = 0.98,
     warmup_steps: int | jax.Array = 100,
     warmup_norm: float | jax.Array = 1.0,
-    per_leaf: bool = True,
-    mask: _leaves.Mask | None = None,
+    mask: _leaves.Selection | None = None,
     num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each leaf's norm at a multiple of the mean of its own clipped norms.
+    r"""Clips each array's norm at a multiple of the mean of its own clipped norms.
 
     .. math::
 
         g &\leftarrow \min\bigl(1,\ \lambda\, m / \|g\|_2\bigr)\, g \\
         m &\leftarrow \beta\, m + (1 - \beta)\, \|g\|_2
 
-    with :math:`\lambda` = ``max_ratio``, :math:`\beta` = ``decay`` and the second line
-    taken of the clipped leaf, so that a spike enters the mean as what was let through.
-    During the first ``warmup_steps`` updates all leaves together are clipped to the
-    norm ``warmup_norm``, and m is the smallest norm that a leaf came out with. It only
-    ever shrinks.
+    where :math:`\lambda` is ``max_ratio`` and :math:`\beta` is ``decay``. The second
+    line takes the norm of the clipped array, so that a spike enters the mean as what
+    was let through. During the first ``warmup_steps`` updates all arrays together are
+    clipped at the norm ``warmup_norm``, and m is the smallest clipped norm so far.
 
-    **The paper's** (AdaGC, Algorithm 1): the rule, its warm-up, and the defaults, a
-    tensor's own statistics (``per_leaf=True``). **Ours**: ``per_leaf=False`` (one norm
-    and one mean for all leaves together), ``mask``, ``num_stacked_axes``, and the edges. A
-    slice whose gradient is zero or not finite passes unchanged, its mean stands still
-    and the global norm does without it; a slice that the warm-up never saw takes its
-    first norm as it comes. Norms are in range from 1e-36 to 1e37, as in
-    :func:`gradient_stabilizer`.
+    The rule, its warm-up and the defaults are those of AdaGC's Algorithm 1; the edges
+    are choices of this package. An array that is zero or not finite passes unchanged:
+    its mean stands still, and the norm of all arrays does without it. An array that the
+    warm-up never saw takes its first norm as it comes. Norms are right from 1e-36 to
+    1e37.
 
-    **When to use it**: gradients that spike, where a clip at one fixed norm is too high
-    for most leaves or too low for some. It also bounds *updates*: place it after
-    ``optax.scale_by_adam``, before the weight decay and the learning rate. **When
-    not**: where norms rise lastingly. The mean grows by at most ``(1 - decay) *
-    (max_ratio - 1)``, a thousandth, a step: a tenfold rise is followed after 2260
-    steps, and a leaf whose norm was tiny once during the warm-up stays small as long
-    (``warmup_steps=0`` starts from the first norm instead, ``max_ratio=2`` follows
-    within 82). It also cuts a share of the steps of any noisy gradient.
+    You can bound updates instead of gradients: place it after ``optax.scale_by_adam``,
+    before the weight decay and the learning rate.
 
     Args:
-      max_ratio: How many times its mean a norm may be, at least 1.
-      decay: Of the mean, in [0, 1).
-      warmup_steps: During how many updates the clip is global; at least 0.
-      warmup_norm: To which norm; above 0. After ``scale_by_adam`` the norm of all
-        updates together is about the square root of the number of parameters: there a
-        norm of 1 would make the first steps small.
-      per_leaf: ``False`` takes one norm over all chosen leaves and scales them alike.
-      mask: Which leaves to clip: a pytree of bools that is the gradient's tree or a
-        prefix of it, or a function that makes one from the tree. Default: all floating
-        leaves.
-      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
-        has a mean of its own. As in :func:`stablegrad`.
+      max_ratio: How many times its mean a norm may be, at least 1. The mean grows by at
+        most ``(1 - decay) * (max_ratio - 1)`` a step: use 2 if norms rise lastingly.
+      decay: The decay of the mean, in [0, 1).
+      warmup_steps: How many updates are clipped together, at least 0. With 0 each
+        array starts from its first norm.
+      warmup_norm: The norm of these updates, above 0. Use 0 for ``warmup_steps`` after
+        ``scale_by_adam``, whose updates have larger norms.
+      mask: Which arrays to transform: a pytree of bools, a prefix of one, or a function
+        of the tree that returns one. ``False`` leaves an array exactly as it is.
+        Default: all floating arrays.
+      num_stacked_axes: How many leading axes of an array index separate layers (see
+        :func:`stablegrad`). Each slice then has a mean of its own. Default: none.
 
     Returns:
-      A ``GradientTransformationExtraArgs`` with state :class:`ClipByHistoryState`.
-      :func:`scale_factors` reads from it what each leaf was multiplied by, at most 1.
+      A ``GradientTransformationExtraArgs`` with state :class:`ClipByHistoryState`. An
+      array was clipped where its factor in :func:`scale_factors` is below 1.
 
     Raises:
-      ValueError: At construction for an argument outside its range; in ``init`` or
-        ``update`` for a ``mask`` or ``num_stacked_axes`` that does not fit the tree; in
+      ValueError: At construction if an argument is outside its range; in ``init`` or
+        ``update`` if ``mask`` or ``num_stacked_axes`` does not fit the tree; in
         ``update`` if a gradient is an integer, or if the gradients are not those of the
         parameters.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from stablegrad_optax import clip_by_history, scale_factors
+      >>> import jax.numpy as jnp, optax
+      >>> from stablegrad_optax import clip_by_history
       >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(4)}
       >>> tx = clip_by_history(warmup_steps=0)
       >>> state = tx.init(params)
-      >>> for size in 1.0, 1.0, 1000.0, 1.0:
-      ...     grads = jax.tree.map(lambda p: p * size, params) | {"bias": jnp.ones(4)}
+      >>> for size in 1.0, 1000.0, 1.0:
+      ...     grads = {"kernel": size * jnp.ones((2, 2)), "bias": jnp.ones(4)}
       ...     updates, state = tx.update(grads, state)
       ...     print({name: f"{jnp.linalg.norm(u):.3f}" for name, u in updates.items()})
       {'bias': '2.000', 'kernel': '2.000'}
-      {'bias': '2.000', 'kernel': '2.000'}
       {'bias': '2.000', 'kernel': '2.100'}
       {'bias': '2.000', 'kernel': '2.000'}
-      >>> scale_factors(state, params)
-      {'bias': 1.0, 'kernel': 1.0}
-
-      On Adam's updates:
-
-      >>> tx = optax.chain(
-      ...     optax.scale_by_adam(),
-      ...     clip_by_history(warmup_steps=0),
-      ...     optax.add_decayed_weights(1e-4),
-      ...     optax.scale_by_learning_rate(1e-3),
-      ... )
 
     References:
       Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
@@ -124,25 +103,16 @@ def clip_by_history(
     require_number("decay", decay, at_least=0, below=1)
     require_number("warmup_steps", warmup_steps, at_least=0)
     require_number("warmup_norm", warmup_norm, above=0)
-    if not isinstance(per_leaf, bool):
-        raise ValueError(f"per_leaf must be True or False; got {per_leaf!r}.")
-
-    def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(
-            tree,
-            mask=mask,
-            num_stacked_axes=num_stacked_axes,
-            default=_leaves.has_gradient,
-        )
+    lay_out = functools.partial(
+        _gradients.lay_out, mask=mask, num_stacked_axes=num_stacked_axes
+    )
 
     def init_fn(params: optax.Params) -> ClipByHistoryState:
         layout = lay_out(params)
-        dtype, num_slices = layout.dtype, layout.num_slices
         return ClipByHistoryState(
-            norm_mean=jnp.zeros(num_slices if per_leaf else 1, dtype),
+            norm_mean=layout.zeros(),
             num_steps=jnp.zeros((), jnp.int32),
-            is_limited=jnp.zeros(num_slices, bool),
-            scale_factors=jnp.ones(num_slices, dtype),
+            scale_factors=layout.ones(),
             leaf_ids=jnp.array(layout.leaf_ids),
         )
 
@@ -153,45 +123,35 @@ def clip_by_history(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ClipByHistoryState]:
         del extra_args
-        layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.leaf_ids, params)
-        dtype, mean = state.norm_mean.dtype, state.norm_mean
-
-        arrays = _slices.take(updates, layout.weights)
-        norm = _statistics.norms(arrays, layout.weights).astype(dtype)
+        grads = _gradients.receive(updates, lay_out, state, params)
+        mean = state.norm_mean  # m
+        norm = grads.norms()
         accepted = jnp.isfinite(norm) & (norm > 0)
         norm = jnp.where(accepted, norm, 0)
-        of_all = _statistics.together(norm)
-        if not per_leaf:
-            norm = of_all[None]
-
-        is_warm = state.num_steps.astype(dtype) >= jnp.asarray(warmup_steps, dtype)
-        is_first, has_norm = mean == 0, norm > 0
-        to_warmup_norm = divide(
-            jnp.asarray(warmup_norm, dtype), jnp.where(of_all > 0, of_all, 1)
-        )
-        limit = jnp.where(is_first, norm, jnp.asarray(max_ratio, dtype) * mean)
-        to_limit = divide(limit, jnp.where(has_norm, norm, 1))
-        factors = jnp.minimum(jnp.where(is_warm, to_limit, to_warmup_norm), 1)
-
-        clipped = jnp.where(is_warm, jnp.minimum(norm, limit), norm * factors)
-        change = newest_share(decay, dtype) * (clipped - mean)
-        seen = jnp.where(is_warm, mean + change, jnp.minimum(mean, clipped))
-        seen = jnp.where(is_first, clipped, seen)
+        # lambda m, and the first norm as it comes.
+        limit = jnp.asarray(max_ratio, norm.dtype) * mean
+        limit = jnp.where(mean == 0, norm, limit)
+        warmup = _shrink(_statistics.global_norm(norm), warmup_norm)
+        is_warmup = state.num_steps < warmup_steps
+        factors = jnp.where(is_warmup, warmup, _shrink(norm, limit))
         factors = jnp.where(accepted, factors, 1)
-        return (
-            _slices.multiply(updates, layout.weights, factors),
-            ClipByHistoryState(
-                norm_mean=jnp.where(has_norm, seen, mean),
-                num_steps=jnp.where(
-                    accepted.any(),
-                    optax.safe_increment(state.num_steps),
-                    state.num_steps,
-                ),
-                is_limited=factors < 1,
-                scale_factors=factors,
-                leaf_ids=state.leaf_ids,
-            ),
+        # min(norm, limit) has digits where the product with a tiny factor has none.
+        clipped = jnp.where(is_warmup, norm * warmup, jnp.minimum(norm, limit))
+        new_mean = weighted_mean(mean, clipped, newest_share(decay, norm.dtype))
+        new_mean = jnp.where(is_warmup, jnp.minimum(mean, clipped), new_mean)
+        new_mean = jnp.where(mean == 0, clipped, new_mean)
+        num_steps = optax.safe_increment(state.num_steps)
+        return grads.multiply(factors), ClipByHistoryState(
+            norm_mean=jnp.where(accepted, new_mean, mean),
+            num_steps=jnp.where(accepted.any(), num_steps, state.num_steps),
+            scale_factors=factors,
+            leaf_ids=state.leaf_ids,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _shrink(norm: jax.Array, limit: jax.Array | float) -> jax.Array:
+    """Returns the factor, at most 1, that brings a norm down to its limit."""
+    limit = jnp.asarray(limit, norm.dtype)
+    return jnp.minimum(divide(limit, jnp.where(norm > 0, norm, 1)), 1)

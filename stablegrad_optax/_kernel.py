@@ -40,8 +40,8 @@ def effective_kernel(
 
     The matrix has :math:`n_{out}^2` entries and takes :math:`n_{out}` backward passes
     at once, hence :math:`n_{out}` times the memory of the parameters;
-    :func:`~stablegrad_optax.theory.effective_kernel_operator` avoids both. For a network of
-    many layers wrap it in ``jax.jit`` with ``static_argnums=0``.
+    :func:`effective_kernel_operator` avoids both. For a network of many layers wrap it
+    in ``jax.jit`` with ``static_argnums=0``.
 
     Args:
       apply_fn: ``apply_fn(params, inputs)`` returns the outputs, real floating arrays
@@ -95,13 +95,13 @@ def effective_kernel_operator(
     inputs: Any,
     factors: Factors | None = None,
 ) -> Callable[[ArrayLike], jax.Array]:
-    r"""The product v -> K v of :func:`~stablegrad_optax.theory.effective_kernel`, matrix-free.
+    r"""The product v -> K v of :func:`effective_kernel`, matrix-free.
 
     The network is linearized once; each product then costs one backward and one forward
     pass through the linearization, and the memory of one gradient.
 
     Args:
-      apply_fn: As for :func:`~stablegrad_optax.theory.effective_kernel`.
+      apply_fn: As for :func:`effective_kernel`.
       params: As there.
       inputs: As there.
       factors: As there.
@@ -112,7 +112,7 @@ def effective_kernel_operator(
       another shape.
 
     Raises:
-      ValueError: As :func:`~stablegrad_optax.theory.effective_kernel`.
+      ValueError: As :func:`effective_kernel`.
 
     Examples:
       The largest eigenvalues by SciPy's Lanczos iteration:

@@ -1,9 +1,8 @@
-"""Which leaves of a gradient tree are scaled, and by whose statistics.
+"""What is static about the leaves of a tree, and how a user selects among them.
 
-A *weight* is a leaf whose own statistic is measured, a *follower* a leaf that takes
-the factor of the weights under its own parent node, a *slice* one layer of a leaf
-that stacks several along its leading axes. All of it is static: it depends on the
-structure, shapes and dtypes of the tree alone and costs nothing after tracing.
+A *slice* is one layer of a leaf that stacks several along its leading axes. Everything
+here depends on the structure, shapes and dtypes of the tree alone: it costs nothing
+after tracing.
 """
 
 import functools
@@ -16,12 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
-
-from stablegrad_optax._numerics import widest_statistics_dtype
 
 PyTree = Any
-Mask = PyTree | Callable[[PyTree], PyTree]
+Selection = PyTree | Callable[[PyTree], PyTree]  # of bools
 NumStackedAxes = int | PyTree | Callable[[PyTree], PyTree]
 
 
@@ -100,17 +96,17 @@ def describe(
 def _boxes(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
     """The nodes that hold a leaf ``value`` and nothing else."""
     boxes: set[tuple[Any, ...]] = set()
-    others: set[tuple[Any, ...]] = set()
+    parents: set[tuple[Any, ...]] = set()  # nodes that hold something else
     for path in paths:
         is_value = bool(path) and getattr(path[-1], "name", None) == "value"
         if is_value:
             boxes.add(path[:-1])
-        others.update(path[:i] for i in range(len(path) - is_value))
-    return boxes - others
+        parents.update(path[:i] for i in range(len(path) - is_value))
+    return boxes - parents
 
 
 def _dtype(leaf: Any) -> Any:
-    """Of an array or a number; ``object`` of what else a tree of parameters holds."""
+    """The dtype of an array or a number, and ``object`` for anything else."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         is_number = isinstance(leaf, bool | int | float | complex)
@@ -125,8 +121,8 @@ def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
     valid = is_int and not isinstance(num_stacked, bool)
     if not valid or not 0 <= num_stacked <= len(leaf.shape):
         raise ValueError(
-            f"num_stacked_axes of leaf '{leaf.name}' must be an int from 0 to its number "
-            f"of axes, {len(leaf.shape)}; got {num_stacked!r}."
+            f"num_stacked_axes of leaf '{leaf.name}' must be an int from 0 to its "
+            f"number of axes, {len(leaf.shape)}; got {num_stacked!r}."
         )
     return leaf._replace(num_stacked=int(num_stacked))
 
@@ -137,7 +133,7 @@ def has_gradient(leaf: Leaf) -> bool:
 
 
 def is_weight_by_default(leaf: Leaf) -> bool:
-    """Whether each slice is floating, has two axes and two elements, and is no bias.
+    """Whether each slice is floating, has two axes and two elements, and no bias name.
 
     Flax's attention biases have the shape (heads, features), Equinox's convolutions'
     (channels, 1, 1), an ensemble's (members, features): their name tells them apart.
@@ -147,33 +143,37 @@ def is_weight_by_default(leaf: Leaf) -> bool:
     return leaf.is_floating and num_axes >= 2 and leaf.slice_size > 1 and not is_bias
 
 
-def choose(
-    tree: PyTree,
-    leaves: Sequence[Leaf],
-    mask: Mask | None,
-    default: Callable[[Leaf], bool],
-) -> tuple[int, ...]:
-    """Positions of the leaves that ``mask``, or else ``default``, chooses."""
-    if mask is None:
-        return tuple(i for i, leaf in enumerate(leaves) if default(leaf))
-    chosen = []
-    for i, flag in enumerate(_per_leaf("mask", mask, tree)):
+def select(
+    argument: str, selection: Selection, tree: PyTree, leaves: Sequence[Leaf]
+) -> tuple[Leaf, ...]:
+    """Returns the leaves that an argument such as ``mask`` says True for."""
+    flags = _per_leaf(argument, selection, tree)
+    for leaf, flag in zip(leaves, flags, strict=True):
         if not isinstance(flag, bool | np.bool_):
             raise ValueError(
-                f"mask must hold bools; got {flag!r} for leaf '{leaves[i].name}'."
+                f"{argument} must hold bools; got {flag!r} for leaf '{leaf.name}'."
             )
-        if flag and not leaves[i].is_floating:
+    return tuple(leaf for leaf, flag in zip(leaves, flags, strict=True) if flag)
+
+
+def select_weights(
+    selection: Selection | None, tree: PyTree, leaves: Sequence[Leaf]
+) -> tuple[Leaf, ...]:
+    """Returns the weights: those of ``weights=``, or those of the default rule."""
+    if selection is None:
+        return tuple(filter(is_weight_by_default, leaves))
+    weights = select("weights", selection, tree, leaves)
+    for leaf in weights:
+        if not leaf.is_floating:
             raise ValueError(
-                f"mask chooses leaf '{leaves[i].name}' of dtype {leaves[i].dtype}; "
-                "only floating leaves have a gradient to scale."
+                f"weights selects leaf '{leaf.name}' of dtype {leaf.dtype}; only "
+                "floating leaves have a gradient to scale."
             )
-        if flag:
-            chosen.append(i)
-    return tuple(chosen)
+    return weights
 
 
 def _per_leaf(argument: str, value: Any, tree: PyTree) -> list[Any]:
-    """One value a leaf, from a pytree prefix or a callable that makes one."""
+    """Returns one value per leaf, from a pytree prefix or a callable."""
     # A pytree that happens to be callable, such as an Equinox module, is a pytree.
     is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
     if callable(value) and (is_leaf or isinstance(value, functools.partial)):
@@ -188,108 +188,10 @@ def _per_leaf(argument: str, value: Any, tree: PyTree) -> list[Any]:
         ) from error
 
 
-class Layout(NamedTuple):
-    """Which leaves are weights, and which weights each scaled leaf is scaled by."""
-
-    leaves: tuple[Leaf, ...]
-    weights: tuple[Leaf, ...]
-    # For each scaled leaf the weights it is scaled by: itself, or those it follows.
-    sources: dict[Leaf, tuple[Leaf, ...]]
-
-    @property
-    def scaled(self) -> tuple[Leaf, ...]:
-        """The leaves that are scaled, in the order of the tree."""
-        return tuple(self.sources)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of a vector that holds a statistic of every leaf."""
-        return widest_statistics_dtype(leaf.dtype for leaf in self.leaves)
-
-    @property
-    def num_slices(self) -> int:
-        """The length of a vector with an entry per slice of each scaled leaf."""
-        return sum(leaf.num_slices for leaf in self.scaled)
-
-    @property
-    def leaf_ids(self) -> npt.NDArray[np.uint32]:
-        """For each of these entries, the id of its leaf."""
-        ids = [np.full(leaf.num_slices, leaf.id, np.uint32) for leaf in self.scaled]
-        return np.concatenate([np.zeros(0, np.uint32), *ids])
-
-
-def lay_out(
-    tree: PyTree,
-    *,
-    mask: Mask | None,
-    num_stacked_axes: NumStackedAxes | None = None,
-    followers: bool = False,
-    default: Callable[[Leaf], bool] = is_weight_by_default,
-) -> Layout:
-    """Finds the weights and, if asked for, the leaves that follow them."""
-    leaves = tuple(describe(tree, num_stacked_axes))
-    weights = tuple(leaves[i] for i in choose(tree, leaves, mask, default))
-    siblings: dict[tuple[str, ...], tuple[Leaf, ...]] = {}
-    for leaf in weights:
-        siblings[leaf.parent] = (*siblings.get(leaf.parent, ()), leaf)
-    is_weight = set(weights)
-    sources: dict[Leaf, tuple[Leaf, ...]] = {}
-    for leaf in leaves:
-        if leaf in is_weight:
-            sources[leaf] = (leaf,)
-        elif followers and leaf.is_floating and leaf.parent in siblings:
-            sources[leaf] = siblings[leaf.parent]
-    return Layout(leaves, weights, sources)
-
-
-def require_gradients(
-    layout: Layout, leaf_ids: jax.Array, params: PyTree | None
-) -> None:
-    """Raises for gradients that are integers, or other leaves than those of ``init``.
-
-    Args:
-      layout: Of the gradients.
-      leaf_ids: Of the state.
-      params: What ``update`` was given, if anything: their shapes are compared.
-    """
-    for leaf in layout.leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool:
-            raise ValueError(
-                f"Gradients must be floating point; leaf '{leaf.name}' is "
-                f"{leaf.dtype}. Exclude it with optax.masked or optax.partition."
-            )
-    parameters = layout.leaves if params is None else describe(params)
-    shapes = {parameter.path: parameter.shape for parameter in parameters}
-    for leaf in layout.leaves:
-        shape = shapes.get(leaf.path)
-        if shape is None:
-            _raise_other(f"'{leaf.name}' is no parameter")
-        if shape != leaf.shape:
-            _raise_other(f"'{leaf.name}' has shape {leaf.shape}, the parameter {shape}")
-    expected, given = leaf_ids.size, layout.leaf_ids
-    if given.size == expected:
-        return
-    first = ""
-    if not isinstance(leaf_ids, jax.core.Tracer):
-        differ = given[:expected] != np.asarray(leaf_ids)[: given.size]
-        place = int(differ.argmax()) if differ.any() else min(given.size, expected)
-        names = {leaf.id: leaf.name for leaf in layout.scaled}
-        first = f", from '{names[given[place]]}' on" if place < given.size else ""
-    _raise_other(f"{given.size} slices to scale instead of {expected}{first}")
-
-
-def _raise_other(difference: str) -> None:
-    raise ValueError(
-        f"The gradients are not those that init was given: {difference}. Please call "
-        "init on a tree of the same structure and shapes, and place the transformation "
-        "after the aggregation where each example has a gradient of its own."
-    )
-
-
 def split(
     params: PyTree, chosen: Sequence[bool]
 ) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], PyTree]]:
-    """The chosen leaves as arrays, and what puts values in their places."""
+    """Returns the chosen leaves as arrays, and a function that replaces them."""
     leaves, treedef = jax.tree.flatten(params)
 
     def join(values: Sequence[jax.Array]) -> PyTree:

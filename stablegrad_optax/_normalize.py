@@ -1,12 +1,13 @@
 """Block-normalized gradient: each array divided by its own norm."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stablegrad_optax import _leaves, _slices, _statistics
+from stablegrad_optax import _gradients, _leaves
 from stablegrad_optax._numerics import divide
 
 
@@ -22,7 +23,7 @@ class NormalizeByLeafNormState(NamedTuple):
 
 def normalize_by_leaf_norm(
     *,
-    mask: _leaves.Mask | None = None,
+    mask: _leaves.Selection | None = None,
     num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides each array by its own Euclidean norm.
@@ -68,21 +69,13 @@ def normalize_by_leaf_norm(
       Yu et al., `Block-Normalized Gradient Method: An Empirical Study for Training Deep
       Neural Network <https://arxiv.org/abs/1707.04822>`_, 2017
     """
-
-    def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(
-            tree,
-            mask=mask,
-            num_stacked_axes=num_stacked_axes,
-            default=_leaves.has_gradient,
-        )
+    lay_out = functools.partial(
+        _gradients.lay_out, mask=mask, num_stacked_axes=num_stacked_axes
+    )
 
     def init_fn(params: optax.Params) -> NormalizeByLeafNormState:
         layout = lay_out(params)
-        return NormalizeByLeafNormState(
-            scale_factors=jnp.ones(layout.num_slices, layout.dtype),
-            leaf_ids=jnp.array(layout.leaf_ids),
-        )
+        return NormalizeByLeafNormState(layout.ones(), jnp.array(layout.leaf_ids))
 
     def update_fn(
         updates: optax.Updates,
@@ -91,15 +84,10 @@ def normalize_by_leaf_norm(
         **extra_args: Any,
     ) -> tuple[optax.Updates, NormalizeByLeafNormState]:
         del extra_args
-        layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.leaf_ids, params)
-        arrays = _slices.take(updates, layout.weights)
-        norms = _statistics.norms(arrays, layout.weights)
-        norms = norms.astype(state.scale_factors.dtype)
-        has_norm = jnp.isfinite(norms) & (norms > 0)
-        factors = divide(jnp.ones_like(norms), jnp.where(has_norm, norms, 1))
-        return _slices.multiply(updates, layout.weights, factors), state._replace(
-            scale_factors=factors
-        )
+        grads = _gradients.receive(updates, lay_out, state, params)
+        norm = grads.norms()
+        norm = jnp.where(jnp.isfinite(norm) & (norm > 0), norm, 1)
+        factors = divide(jnp.ones_like(norm), norm)
+        return grads.multiply(factors), state._replace(scale_factors=factors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

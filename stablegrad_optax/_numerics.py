@@ -75,6 +75,14 @@ def mean_weights(
     return total, jnp.minimum(newest / total, 1)
 
 
+def weighted_mean(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
+    """``(1 - weight) old + weight new``: a small new value after a giant keeps digits.
+
+    ``old + weight (new - old)`` would cancel them.
+    """
+    return (1 - weight) * old + weight * new
+
+
 @jax.custom_jvp
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient, saturating, with derivatives that do not overflow."""

@@ -11,11 +11,10 @@ from jax.typing import ArrayLike
 from stablegrad_optax import _report_text
 from stablegrad_optax._checks import require_number
 from stablegrad_optax._leaves import (
-    Mask,
     NumStackedAxes,
-    choose,
+    Selection,
     describe,
-    is_weight_by_default,
+    select_weights,
 )
 from stablegrad_optax._report_measure import (
     History,
@@ -189,7 +188,7 @@ _OVERALL = ("max_std", "min_std", "std_ratio", "below_adam_eps", "zero", "nonfin
 def gradient_report(
     grads: PyTree,
     *,
-    mask: Mask | None = None,
+    mask: Selection | None = None,
     num_stacked_axes: NumStackedAxes | None = None,
     adam_eps: float = 1e-8,
     history: Mapping[str, ArrayLike] | None = None,
@@ -247,9 +246,9 @@ def gradient_report(
         is the gradient's tree or a prefix of it, or a function that makes one from the
         tree. Default: floating leaves with at least two axes and two elements whose own
         name is not ``bias``.
-      num_stacked_axes: How many leading axes of each leaf count separate layers or members,
-        as for :func:`~stablegrad_optax.stablegrad`: an int for all leaves or a pytree
-        of them. The report then has a row for each slice. Default: none.
+      num_stacked_axes: How many leading axes of each leaf index separate layers, as for
+        :func:`~stablegrad_optax.stablegrad`. The report then has a row for each slice.
+        Default: none.
       adam_eps: The eps of the Adam that the gradients are meant for: entries far below
         it do not move their parameters. 1e-8 is Optax's default.
       history: :func:`~stablegrad_optax.scale_factors` of the stacked states of a
@@ -310,7 +309,7 @@ def gradient_report(
             "grads must have a floating leaf; got "
             f"{len(jax.tree.leaves(grads))} others."
         )
-    weights = set(choose(floating, leaves, mask, is_weight_by_default))
+    weights = {leaf.position for leaf in select_weights(mask, floating, leaves)}
     arrays = fetch(jax.tree.leaves(floating))
     rows = [
         measure(leaf, array, float(adam_eps), i in weights)

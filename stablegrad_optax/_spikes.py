@@ -158,7 +158,7 @@ def skip_spikes(
         dtype = state.mean.dtype
         leaves = tuple(filter(_leaves.has_gradient, _leaves.describe(updates)))
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
-        watched = [_statistics.together(norms.astype(dtype))]
+        watched = [_statistics.global_norm(norms.astype(dtype))]
         if value is not None:
             # A number may be NaN or below 0, unlike other arguments.
             loss = jnp.asarray(value) if isinstance(value, numbers.Real) else value

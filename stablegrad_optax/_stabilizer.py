@@ -1,14 +1,15 @@
 """GradientStabilizer: each leaf's gradient at a norm that its history sets."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stablegrad_optax import _leaves, _slices, _statistics
-from stablegrad_optax._checks import require_number
-from stablegrad_optax._numerics import divide, mean_weights
+from stablegrad_optax import _gradients, _leaves
+from stablegrad_optax._checks import renamed, require_bool, require_number
+from stablegrad_optax._numerics import divide, mean_weights, weighted_mean
 
 
 class GradientStabilizerState(NamedTuple):
@@ -26,6 +27,7 @@ class GradientStabilizerState(NamedTuple):
     leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
 
 
+@renamed(stacked_axes="num_stacked_axes")
 def gradient_stabilizer(
     gamma1: float | jax.Array = 0.6,
     gamma2: float | jax.Array = 0.999,
@@ -33,10 +35,10 @@ def gradient_stabilizer(
     eps: float | jax.Array = 1e-12,
     bias_correction: bool = True,
     max_norm_ratio: float | jax.Array | None = None,
-    mask: _leaves.Mask | None = None,
+    mask: _leaves.Selection | None = None,
     num_stacked_axes: _leaves.NumStackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gives each leaf's gradient a norm that its own history sets.
+    r"""Gives each array's gradient a norm that its own history sets.
 
     .. math::
 
@@ -46,80 +48,46 @@ def gradient_stabilizer(
         \rho &= \frac{m / (1-\gamma_1^s)}{\sqrt{v / (1-\gamma_2^s)} + \epsilon} \\
         g &\leftarrow \frac{\rho}{\max(R, \epsilon)}\, g
 
-    with :math:`s` the number of norms the leaf has seen. The direction of a leaf stays,
-    its norm becomes :math:`\rho`: 1 for constant norms, whatever their scale, and
-    bounded whatever the gradient.
+    where :math:`s` counts the norms that the array has seen. The direction stays, and
+    the norm becomes :math:`\rho`, which is 1 for constant norms of any scale and
+    bounded for any gradient. An array that is zero or not finite passes unchanged and
+    its statistics stand still. Norms are right from 1e-36 to 1e37 in any dtype.
 
-    **The paper's** (Algorithm 1): :math:`\rho = m / \sqrt v` without bias correction,
-    which starts at 12.6 and decays over some 3000 steps, a hidden warm-up; the gammas.
-    Its bounds: :math:`\rho \le 15.82` at the default gammas,
-    :math:`(1-\gamma_1) / \sqrt{1-\gamma_2} / \sqrt{1-\gamma_1^2/\gamma_2}` in general;
-    and at a step with :math:`R \ge \kappa m`
-    :math:`\rho \le (1-\gamma_1 + \gamma_1/\kappa) / \sqrt{1-\gamma_2}`.
-    **The released code's**: bias correction, ``eps`` (beside the uncorrected root where
-    there is none), every leaf counts, biases too; a leaf that is zero or not finite
-    passes unchanged, and its statistics stand still. **Ours**: ``max_norm_ratio``,
-    ``mask``, ``num_stacked_axes``, statistics in float32 (float64 for double precision
-    leaves) that neither overflow nor underflow for norms from 1e-36 to 1e37 in any
-    dtype, and, by Cauchy and Schwarz, the bound of the bias-corrected form at step t,
-    :math:`\rho^2 \le \sum_j a_j^2/b_j` with :math:`a_j = (1-\gamma_1)\gamma_1^j /
-    (1-\gamma_1^t)` and :math:`b_j` alike: 1, 1.59, 4.88 and 12.58 at steps 1, 10, 100
-    and 1000.
-
-    **When to use it**: gradients that spike, with ``max_norm_ratio``. The paper also
-    names low precision and weight decay that is added to the gradient; our small runs
-    (``python -m benchmarks run spikes``) show no gain there over a clip beyond the
-    spread of the seeds. **When not**: behind Adam alone a leaf's constant factor
-    cancels; deep nets without normalisation did not train with it in our runs where
-    :func:`stablegrad` did; and the steps of SGD no longer shrink with the gradient, so
-    that the learning rate has to. ``optax.clip_by_global_norm(1.0)`` did as well or
-    better on spikes in our runs and belongs into every comparison.
-
-    A spike's *magnitude* is bounded, its *memory* is not: it enters v, and the leaf
-    takes small steps until v has forgotten it. After a spike of 1000 :math:`\rho` falls
-    to 0.03 and is back at 0.5 after 5800 steps; with ``max_norm_ratio=2`` it does not
-    fall below 0.99.
-
-    **The same authors' first version** of the paper (Stable-SPAM, there AdaGN) has the
-    same rule with ``gamma1=0.7, gamma2=0.9, eps=1e-8``: after that spike it falls to
-    0.01 and is back at 0.5 after 99 steps, and :math:`\rho` is at most 1.41 in place of
-    15.8. Where spikes last they did better in our runs: after ten giant losses in a row
-    the final loss of a small decoder rose by 0.06 nats, with the defaults by 0.53
-    (five seeds, ``python -m benchmarks run spikes --preset remedies``).
-    With ``gamma1=0, gamma2=0, eps=0`` nothing is remembered: every leaf comes out at
-    norm 1.
+    The rule with bias correction is that of the authors' released code, and
+    ``bias_correction=False`` is Algorithm 1 of the paper. ``max_norm_ratio`` is a
+    choice of this package.
 
     Args:
-      gamma1: Decay of the mean norm, in [0, 1). An array of 1 (``inject_hyperparams``
-        casts .999 to the dtype of a bfloat16 tree; its ``hyperparam_dtype`` keeps it)
-        is taken as the largest float32 below.
-      gamma2: Decay of the mean squared norm, in [0, 1).
-      eps: A numerical floor for the norm, at least 0. Leaves whose norms fall below it
-        fade: 1e-30 where gradients vanish, 0 is safe.
-      bias_correction: ``False`` is the paper's Algorithm 1.
-      max_norm_ratio: Feeds the statistics at most this many times the current mean
-        norm; above 1. A single spike is then forgotten; a norm that stays high is
-        followed within some steps. Default: no limit, as published.
-      mask: Which leaves to scale: a pytree of bools that is the gradient's tree or a
-        prefix of it, or a function that makes one from the tree. Default: all floating
-        leaves.
-      num_stacked_axes: How many leading axes of a leaf index separate layers: each slice
-        has statistics of its own. As in :func:`stablegrad`.
+      gamma1: The decay of the mean norm, in [0, 1). An array that is rounded to 1, as
+        ``inject_hyperparams`` makes of .999 in a bfloat16 tree, is taken as the largest
+        float32 number below 1.
+      gamma2: The decay of the mean squared norm, in [0, 1).
+      eps: A numerical floor of the norm, at least 0. Arrays with smaller norms fade:
+        use 0 or 1e-30 if gradients vanish.
+      bias_correction: Whether the means are corrected for their start at zero. Without
+        the correction :math:`\rho` starts at 12.65 for the default gammas, a hidden
+        warm-up.
+      max_norm_ratio: Limits what the statistics see to this multiple, above 1, of the
+        current mean norm, so that a single spike is forgotten. Use 2 if gradients
+        spike. Default: no limit.
+      mask: Which arrays to transform: a pytree of bools, a prefix of one, or a function
+        of the tree that returns one. ``False`` leaves an array exactly as it is.
+        Default: all floating arrays.
+      num_stacked_axes: How many leading axes of an array index separate layers (see
+        :func:`stablegrad`). Each slice then has statistics of its own. Default: none.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`GradientStabilizerState`.
-      :func:`scale_factors` reads :math:`\rho / R` from it, and 1 for a leaf that stood
-      still.
 
     Raises:
-      ValueError: At construction for an argument outside its range; in ``init`` or
-        ``update`` for a ``mask`` or ``num_stacked_axes`` that does not fit the tree; in
+      ValueError: At construction if an argument is outside its range; in ``init`` or
+        ``update`` if ``mask`` or ``num_stacked_axes`` does not fit the tree; in
         ``update`` if a gradient is an integer, or if the gradients are not those of the
         parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from stablegrad_optax import gradient_stabilizer, scale_factors
+      >>> from stablegrad_optax import gradient_stabilizer
       >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
       >>> tx = gradient_stabilizer()
       >>> state = tx.init(params)
@@ -130,43 +98,31 @@ def gradient_stabilizer(
       1.000
       1.000
       0.884
-      >>> {name: f"{f:.1e}" for name, f in scale_factors(state, params).items()}
-      {'bias': '6.3e-04', 'kernel': '4.4e-04'}
 
     References:
       Huang et al., `GradientStabilizer: Fix the Norm, Not the Gradient
-      <https://arxiv.org/abs/2502.17055>`_, ICML 2026; its first version: Stable-SPAM,
-      2025
+      <https://arxiv.org/abs/2502.17055>`_, ICML 2026; first version: Stable-SPAM, 2025
 
-      TianjinYellow/GradientStabilizer and TianjinYellow/StableSPAM, the authors'
-      PyTorch code
+      TianjinYellow/GradientStabilizer, the authors' PyTorch code
     """
     require_number("gamma1", gamma1, at_least=0, below=1)
     require_number("gamma2", gamma2, at_least=0, below=1)
     require_number("eps", eps, at_least=0)
-    if not isinstance(bias_correction, bool):
-        raise ValueError(
-            f"bias_correction must be True or False; got {bias_correction!r}."
-        )
+    require_bool("bias_correction", bias_correction)
     if max_norm_ratio is not None:
         require_number("max_norm_ratio", max_norm_ratio, above=1)
 
-    def lay_out(tree: optax.Updates) -> _leaves.Layout:
-        return _leaves.lay_out(
-            tree,
-            mask=mask,
-            num_stacked_axes=num_stacked_axes,
-            default=_leaves.has_gradient,
-        )
+    lay_out = functools.partial(
+        _gradients.lay_out, mask=mask, num_stacked_axes=num_stacked_axes
+    )
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
         layout = lay_out(params)
-        dtype, num_slices = layout.dtype, layout.num_slices
         return GradientStabilizerState(
-            norm_mean=jnp.zeros(num_slices, dtype),
-            norm_rms=jnp.zeros(num_slices, dtype),
-            num_accepted=jnp.zeros(num_slices, jnp.int32),
-            scale_factors=jnp.ones(num_slices, dtype),
+            norm_mean=layout.zeros(),
+            norm_rms=layout.zeros(),
+            num_accepted=layout.zeros().astype(jnp.int32),
+            scale_factors=layout.ones(),
             leaf_ids=jnp.array(layout.leaf_ids),
         )
 
@@ -177,66 +133,69 @@ def gradient_stabilizer(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientStabilizerState]:
         del extra_args
-        layout = lay_out(updates)
-        _leaves.require_gradients(layout, state.leaf_ids, params)
-        dtype = state.norm_mean.dtype
-
-        arrays = _slices.take(updates, layout.weights)
-        norm = _statistics.norms(arrays, layout.weights).astype(dtype)
+        grads = _gradients.receive(updates, lay_out, state, params)
+        norm = grads.norms()  # R
         accepted = jnp.isfinite(norm) & (norm > 0)
         norm = jnp.where(accepted, norm, 1)
-
-        count = optax.safe_increment(state.num_accepted)
-        mean_total, mean_weight = mean_weights(gamma1, count, dtype)
-        square_total, square_weight = mean_weights(gamma2, count, dtype)
-        seen = norm
-        if max_norm_ratio is not None:
-            limit = jnp.asarray(max_norm_ratio, dtype) * state.norm_mean
-            seen = jnp.where(count == 1, norm, jnp.minimum(norm, limit))
-        floor = jnp.asarray(eps, dtype)
-        # What turns the corrected ratio into that of the uncorrected means.
-        correction = 1 if bias_correction else jnp.sqrt(square_total)
-        mean = (1 - mean_weight) * state.norm_mean + mean_weight * seen
-        rms, ratio = _rms_and_ratio(
-            mean, state.norm_rms, seen, square_weight, floor / correction
-        )
-        if not bias_correction:
-            ratio = ratio * mean_total / correction
-        factors = divide(ratio, jnp.maximum(norm, floor))
-        factors = jnp.where(accepted, factors, 1)
-        return (
-            _slices.multiply(updates, layout.weights, factors),
-            GradientStabilizerState(
-                norm_mean=jnp.where(accepted, mean, state.norm_mean),
-                norm_rms=jnp.where(accepted, rms, state.norm_rms),
-                num_accepted=jnp.where(accepted, count, state.num_accepted),
-                scale_factors=factors,
-                leaf_ids=state.leaf_ids,
-            ),
+        count = optax.safe_increment(state.num_accepted)  # s
+        seen = _limit(norm, state, max_norm_ratio)
+        # The state holds m / (1 - gamma1^s) and sqrt(v / (1 - gamma2^s)): v overflows.
+        total1, weight1 = mean_weights(gamma1, count, grads.dtype)
+        total2, weight2 = mean_weights(gamma2, count, grads.dtype)
+        mean = weighted_mean(state.norm_mean, seen, weight1)
+        rms = _root_mean_square(state.norm_rms, seen, weight2)
+        # Both corrections are 1 - gamma^s, undone for the ratio of the plain m and v.
+        m, root_v = (1, 1) if bias_correction else (total1, jnp.sqrt(total2))
+        floor = jnp.asarray(eps, grads.dtype)
+        rho = _ratio(mean, rms, floor / root_v) * m / root_v
+        factors = jnp.where(accepted, divide(rho, jnp.maximum(norm, floor)), 1)
+        return grads.multiply(factors), GradientStabilizerState(
+            norm_mean=jnp.where(accepted, mean, state.norm_mean),
+            norm_rms=jnp.where(accepted, rms, state.norm_rms),
+            num_accepted=jnp.where(accepted, count, state.num_accepted),
+            scale_factors=factors,
+            leaf_ids=state.leaf_ids,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rms_and_ratio(
-    mean: jax.Array,
-    rms: jax.Array,
+def _limit(
     norm: jax.Array,
-    weight: jax.Array,
-    eps: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The root mean square with a new norm of this weight, and ``mean / (rms + eps)``.
+    state: GradientStabilizerState,
+    max_norm_ratio: float | jax.Array | None,
+) -> jax.Array:
+    """Limits what the statistics see to a multiple of the mean norm."""
+    if max_norm_ratio is None:
+        return norm
+    limit = jnp.asarray(max_norm_ratio, norm.dtype) * state.norm_mean
+    return jnp.where(state.num_accepted == 0, norm, jnp.minimum(norm, limit))
+
+
+def _root_mean_square(rms: jax.Array, norm: jax.Array, weight: jax.Array) -> jax.Array:
+    """Computes ``sqrt((1 - weight) rms^2 + weight norm^2)``.
 
     Squares are taken in units of the larger term, so that none leaves the range. The
-    unit is multiplied by: XLA merges divisions in a row, and what it divides by then
-    leaves the range.
+    unit's inverse is a factor, because XLA merges divisions in a row, and what it then
+    divides by leaves the range.
     """
-    rms = jnp.where(weight < 1, rms, 0)  # gamma2 = 0 forgets, even a giant
-    largest = float(jnp.finfo(norm.dtype).max) / 16  # its inverse is a normal number
-    unit = jnp.minimum(jax.lax.stop_gradient(jnp.maximum(rms, norm)), largest)
-    inverse = 1 / unit
-    old, new = rms * inverse, norm * inverse
-    root = jnp.sqrt((1 - weight) * old**2 + weight * new**2)
-    # The change alone is rounded, not the whole: a long mean keeps its digits.
+    rms = jnp.where(weight < 1, rms, 0)  # gamma2 = 0 forgets even a giant
+    unit = _unit(jnp.maximum(rms, norm))
+    old, new = rms * (1 / unit), norm * (1 / unit)
+    root = jnp.sqrt(weighted_mean(old**2, new**2, weight))
+    # A long mean keeps its digits if the change alone is rounded. The change of a
+    # large weight would cancel the mean.
     change = weight * (new - old) * (new + old) / (root + old)
-    return rms + change * unit, mean * inverse / (root + eps * inverse)
+    return jnp.where(weight < 0.5, rms + change * unit, root * unit)
+
+
+def _ratio(mean: jax.Array, rms: jax.Array, eps: jax.Array) -> jax.Array:
+    """Computes ``mean / (rms + eps)`` in units of rms."""
+    inverse = 1 / _unit(rms)
+    return mean * inverse / (rms * inverse + eps * inverse)
+
+
+def _unit(scale: jax.Array) -> jax.Array:
+    """Returns a unit whose inverse is a normal number, constant for derivatives."""
+    largest = float(jnp.finfo(scale.dtype).max) / 16
+    return jax.lax.stop_gradient(jnp.minimum(scale, largest))

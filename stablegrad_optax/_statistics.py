@@ -29,11 +29,11 @@ SPREAD_FLOOR = 0.1
 
 
 class Moments(NamedTuple):
-    """Of every slice, in units in which no square leaves the range; f[slices] each."""
+    """The moments of every slice, in units in which no square leaves the range."""
 
-    mean_square: jax.Array  # of abs(g / unit)
-    mean: Any  # of g / unit, complex where a leaf is; None if not asked for
-    unit: jax.Array  # a power of two
+    mean_square: jax.Array  # f[slices], of abs(g / unit)
+    mean: Any  # f[slices], of g / unit, complex where a leaf is; None if not asked for
+    unit: jax.Array  # f[slices], a power of two
 
 
 class _Range(NamedTuple):
@@ -131,8 +131,8 @@ def pooled(values: jax.Array, shares: npt.ArrayLike) -> jax.Array:
     return safe_sqrt(mean_square) * unit
 
 
-def together(norms: jax.Array) -> jax.Array:
-    """The norm f[] of all slices, from theirs f[slices]; it saturates as they do."""
+def global_norm(norms: jax.Array) -> jax.Array:
+    """The norm f[] of all slices together, from their own norms; it saturates."""
     norm = pooled(norms, 1.0)
     largest = float(jnp.finfo(norm.dtype).max)
     return jnp.where(jnp.isfinite(norms).all(), jnp.minimum(norm, largest), norm)
@@ -141,8 +141,8 @@ def together(norms: jax.Array) -> jax.Array:
 def per_slice(
     leaves: Sequence[Leaf], value: Callable[[Leaf], npt.ArrayLike], dtype: Any
 ) -> npt.NDArray[Any]:
-    """A number of each leaf, or some, for each of its slices, [slices, ...]."""
-    counts = [leaf.num_slices for leaf in leaves]
+    """Repeats a number of each leaf, or several, for its slices: [slices, ...]."""
+    counts = np.array([leaf.num_slices for leaf in leaves], int)
     return np.repeat([value(leaf) for leaf in leaves], counts, 0).astype(dtype)
 
 
@@ -163,20 +163,18 @@ def _moments(
     plain = [_square, _itself][: 1 + with_mean]
 
     def side_by_side(arrays: list[jax.Array]) -> Moments:
-        others = [_square_up, _square_down, _halfway_down][: 2 + with_mean]
-        means = _slices.means([*plain, *others], arrays, leaves)
+        in_units = [_square_up, _square_down, _halfway_down][: 2 + with_mean]
+        means = _slices.means([*plain, *in_units], arrays, leaves)
         return _choose(leaves, means[: len(plain)], means[len(plain) :])
 
     def in_turn(arrays: list[jax.Array]) -> Moments:
-        means = _slices.means(plain, arrays, leaves, apart=True)
+        means = _slices.means_in_loops(plain, arrays, leaves)
         unit = _unit(leaves, means[0])
 
         def again() -> list[jax.Array]:
             functions = [_square_in_units, _twice_in_units][: 1 + with_mean]
-            found = _slices.means(
-                functions, arrays, leaves, factors=1 / unit, apart=True
-            )
-            return [found[0], *(mean / 2 for mean in found[1:])]
+            scaled = _slices.means_in_loops(functions, arrays, leaves, 1 / unit)
+            return [scaled[0], *(mean / 2 for mean in scaled[1:])]
 
         means = lax.cond((unit != 1).any(), again, lambda: means)
         return Moments(means[0], means[1] if with_mean else None, unit)
@@ -191,9 +189,9 @@ def _moments_jvp(
     primals: tuple[list[jax.Array]],
     tangents: tuple[list[jax.Array]],
 ) -> tuple[Moments, Moments]:
-    """In the units that were chosen: the others may have left the range."""
-    found = _moments(*primals, leaves, with_mean)
-    factors = _slices.read(1 / found.unit, leaves)
+    """Differentiates in the chosen units, because the others may be out of range."""
+    moments = _moments(*primals, leaves, with_mean)
+    factors = _slices.read(1 / moments.unit, leaves)
 
     def in_units(arrays: list[jax.Array]) -> list[jax.Array]:
         wide = [array.astype(sum_dtype(array.dtype)) for array in arrays]
@@ -204,12 +202,12 @@ def _moments_jvp(
         2 * (x.conj() * change).real
         for x, change in zip(in_units(*primals), changes, strict=True)
     ]
-    (of_square,) = _slices.means([_itself], products, leaves)
-    of_mean = _slices.means([_itself], changes, leaves)[0] if with_mean else None
-    return found, Moments(of_square, of_mean, jnp.zeros_like(found.unit))
+    (square_dot,) = _slices.means([_itself], products, leaves)
+    mean_dot = _slices.means([_itself], changes, leaves)[0] if with_mean else None
+    return moments, Moments(square_dot, mean_dot, jnp.zeros_like(moments.unit))
 
 
-# As a whole: what is not chosen may be no number, which jax_debug_nans must not meet.
+# One jitted function: jax_debug_nans must not see the sums that are not chosen.
 _compiled = jax.jit(_moments, static_argnums=(1, 2))
 
 
@@ -222,16 +220,16 @@ def _unit(leaves: Sequence[Leaf], mean_square: jax.Array) -> jax.Array:
 
 
 def _choose(
-    leaves: Sequence[Leaf], plain: list[jax.Array], others: list[jax.Array]
+    leaves: Sequence[Leaf], plain: list[jax.Array], in_units: list[jax.Array]
 ) -> Moments:
-    """Of the means in three units those in which each slice is in range."""
+    """Chooses among the means in three units those in which a slice is in range."""
     unit = _unit(leaves, plain[0])
-    mean_square = jnp.where(unit < 1, others[0], plain[0])
-    mean_square = jnp.where(unit > 1, others[1], mean_square)
+    mean_square = jnp.where(unit < 1, in_units[0], plain[0])
+    mean_square = jnp.where(unit > 1, in_units[1], mean_square)
     if len(plain) == 1:
         return Moments(mean_square, None, unit)
     factor = (1 / unit).astype(plain[1].dtype)
-    mean = jnp.where(unit > 1, others[2] * factor**0.5, plain[1] * factor)
+    mean = jnp.where(unit > 1, in_units[2] * factor**0.5, plain[1] * factor)
     return Moments(mean_square, mean, unit)
 
 

@@ -41,6 +41,7 @@ class Case:
             by c^degree; None: by neither.
         is_idempotent: a second application, from a fresh state, changes nothing.
         is_layerwise: a layer's update depends on that layer's gradient alone.
+        is_wrapper: it wraps an optimizer, and its own statistics belong to no array.
         converges: the problems that SGD with a decaying rate solves behind it. Mean
             removal cannot reach an optimum off the mean that a weight starts with.
     """
@@ -56,6 +57,7 @@ class Case:
     is_idempotent: bool = True
     is_layerwise: bool = True
     converges: tuple[str, ...] = ("parabola", "rosenbrock", "matrix")
+    is_wrapper: bool = False
 
     def make(self, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation, with some arguments replaced."""
@@ -188,14 +190,6 @@ CASES = [
         converges=SOLVED_BY_SGD,
     ),
     Case(
-        "history-together",
-        clip_by_history,
-        {"warmup_steps": 0, "per_leaf": False},
-        numerical_floors=(),
-        degree=1,
-        converges=SOLVED_BY_SGD,
-    ),
-    Case(
         "history-stacked",
         clip_by_history,
         {"num_stacked_axes": stacked_by_name},
@@ -211,8 +205,14 @@ CASES = [
         {"warmup_steps": 1},
         numerical_floors=(),
         is_layerwise=False,
+        is_wrapper=True,
     ),
 ]
+
+TRANSFORMATIONS = [case for case in CASES if not case.is_wrapper]
+each_transformation = pytest.mark.parametrize(
+    "case", TRANSFORMATIONS, ids=lambda case: case.name
+)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -226,11 +226,14 @@ def test_integer_leaves_masks_and_trees():
     with pytest.raises(ValueError, match="leaf 'n' is int32"):
         tx.update(params, tx.init(params))
     grads = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([1.0, 3.0])}
-    tx = gradient_autoscaled_normalization("none", mask={"a": False, "b": True})
+    grads["c"] = jnp.array([[1.0, 3.0]])
+    mask = {"a": False, "b": True, "c": True}
+    tx = gradient_autoscaled_normalization("none", mask=mask)
     updates, state = tx.update(grads, tx.init(grads))
     np.testing.assert_array_equal(updates["a"], grads["a"])
-    np.testing.assert_array_equal(updates["b"], [-1, 1])
-    assert scale_factors(state, grads) == {"b": 1.0}
+    np.testing.assert_array_equal(updates["b"], grads["b"])  # not a weight
+    np.testing.assert_array_equal(updates["c"], [[-1, 1]])
+    assert scale_factors(state, grads) == {"c": 1.0}
     with pytest.raises(ValueError, match="2 slices to scale"):
         gradient_autoscaled_normalization().update([jnp.ones((2, 2))] * 2, state)
 

@@ -18,6 +18,7 @@ from stablegrad_optax import (
 
 GRADS = gradients()
 STATE = stablegrad().init(GRADS)
+HIDDEN = {"hidden": GRADS["hidden"]}
 NUMBER = "must be a finite number at least 0; got "
 
 
@@ -107,9 +108,17 @@ CALLS = {
         lambda: init(mask=lambda tree: [True]),
         "mask must be a pytree prefix of the gradient tree, or a callable",
     ),
-    "mask chooses integers": (
-        lambda: stablegrad(mask=True).init(kernels(np.int32)),
-        "mask chooses leaf 'a/kernel' of dtype int32; only floating leaves",
+    "weights of numbers": (
+        lambda: init(weights=jax.tree.map(lambda _: 1, GRADS)),
+        "weights must hold bools; got 1 for leaf 'hidden/bias'",
+    ),
+    "weights of another tree": (
+        lambda: init(weights={"hidden": True}),
+        "weights must be a pytree prefix of the gradient tree, or a callable",
+    ),
+    "weights selects integers": (
+        lambda: stablegrad(weights=True).init(kernels(np.int32)),
+        "weights selects leaf 'a/kernel' of dtype int32; only floating leaves",
     ),
     # Stacked layers.
     "num_stacked_axes below 0": (
@@ -195,6 +204,10 @@ CALLS = {
     "a layer less than in init": (
         lambda: update({"hidden": GRADS["hidden"]}),
         "2 slices to scale instead of 4. Please call init on a tree of the same",
+    ),
+    "a state of renamed layers": (
+        lambda: update({"layer": GRADS["hidden"]}, stablegrad().init(HIDDEN)),
+        "the state belongs to other leaves from 'layer/bias' on. Please call init",
     ),
     "a mask that fits init alone": (
         lambda: update(kernels("f"), mask=jax.tree.map(lambda g: True, GRADS)),

@@ -16,6 +16,7 @@ from cases import (
     assert_trees_equal,
     each_case,
     each_method,
+    each_transformation,
     gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -51,6 +52,28 @@ def test_the_second_call_does_not_recompile(case):
     for seed in (0, 1, 2):
         _, state = step(gradients(seed), state)
     assert len(traces) == 1
+
+
+@each_case
+def test_eager_updates_do_not_compile_after_the_second(case):
+    """A conditional on a closure would compile anew and keep its program each time."""
+    compilations = []
+
+    def count(event, seconds, **kwargs):
+        compilations.append(event) if "backend_compile" in event else None
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        jax.jit(lambda x: x + 1)(1.0)
+        assert compilations  # the listener works
+        state = case.tx.init(gradients())
+        for seed in range(5):
+            if seed == 2:
+                compilations.clear()
+            _, state = case.tx.update(gradients(seed), state, **case.extra_args)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not compilations
 
 
 @each_case
@@ -346,6 +369,66 @@ def test_none_and_masked_nodes_beside_arrays(case):
     alone = {name: whole[name] for name in ("hidden", "stack")}
     expected, _ = case.update(alone, case.tx.init(alone))
     assert_trees_equal({name: updates[name] for name in expected}, expected)
+
+
+OLD_ARGUMENTS = (
+    "stablegrad",
+    "gradient_stabilizer",
+    "gradient_autoscaled_normalization",
+    "clip_by_history",
+)
+
+MASK = {
+    "hidden": {"bias": True, "kernel": False},
+    "norm": {"scale": False},
+    "stack": {"bias": True, "kernel": True},
+}
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [MASK, MASK | {"norm": False}, lambda tree: MASK, False],
+    ids=["tree", "prefix", "callable", "nothing"],
+)
+@each_transformation
+def test_mask_means_what_it_means_in_optax(case, mask):
+    """Two updates equal those of `optax.masked`, and False is exact to the last bit."""
+    grads = gradients()
+    tx = case.make(mask=mask)
+    whole = jax.tree.map(lambda _: False, grads) if mask is False else mask
+    expected_tx = optax.masked(case.tx, whole)
+    state, expected_state = tx.init(grads), expected_tx.init(grads)
+    for seed in range(2):
+        grads = gradients(seed)
+        updates, state = tx.update(grads, state, grads, **case.extra_args)
+        expected, expected_state = expected_tx.update(
+            grads, expected_state, grads, **case.extra_args
+        )
+        assert_trees_close(updates, expected)
+    for name in ("norm", "hidden"):
+        kept = {"norm": "scale", "hidden": "kernel"}[name]
+        assert_trees_equal(updates[name][kept], grads[name][kept])
+
+
+@pytest.mark.parametrize("name", OLD_ARGUMENTS)
+def test_an_old_argument_names_the_new_one(name):
+    with pytest.raises(
+        TypeError, match="'stacked_axes'; its name is 'num_stacked_axes'"
+    ):
+        getattr(stablegrad_optax, name)(stacked_axes=1)
+
+
+@each_transformation
+def test_a_state_of_other_layers_is_refused(case):
+    """Renamed layers outside jit; another number of layers everywhere."""
+    layer = gradients()["hidden"]
+    update = functools.partial(case.tx.update, **case.extra_args)
+    state = case.tx.init({"old": layer, "same": layer})
+    with pytest.raises(ValueError, match="other leaves from 'new/"):
+        update({"new": layer, "same": layer}, state)
+    for each in (update, jax.jit(update)):
+        with pytest.raises(ValueError, match="slices to scale instead of"):
+            each({"old": layer}, state)
 
 
 @each_method

@@ -209,8 +209,8 @@ def test_missing_reference_raises_and_says_how_to_give_it():
     assert "constant reference_std" in str(info.value)
 
 
-# Masks: {"hidden": {"bias", "kernel"}, "norm": {"scale"}, "stack": {"bias", "kernel"}}.
-TREE_MASK = {
+# The layers are hidden, with bias and kernel, norm, with scale, and stack.
+TREE_WEIGHTS = {
     "hidden": {"bias": False, "kernel": True},
     "norm": {"scale": False},
     "stack": {"bias": False, "kernel": True},
@@ -218,13 +218,13 @@ TREE_MASK = {
 
 
 @pytest.mark.parametrize(
-    "mask",
+    "weights",
     [
-        TREE_MASK,
-        TREE_MASK | {"norm": False},
+        TREE_WEIGHTS,
+        TREE_WEIGHTS | {"norm": False},
         lambda tree: (
             jax.tree.map(lambda x: x.ndim == 2 or x.ndim == 3, tree)
-            | {"stack": TREE_MASK["stack"]}
+            | {"stack": TREE_WEIGHTS["stack"]}
         ),
         lambda tree: jax.tree_util.tree_map_with_path(
             lambda path, _: "kernel" in jax.tree_util.keystr(path), tree
@@ -232,9 +232,9 @@ TREE_MASK = {
     ],
     ids=["tree", "prefix", "callable", "callable on paths"],
 )
-def test_masks_choose_the_weights(mask):
+def test_weights_selects_whose_statistics_count(weights):
     grads = gradients()
-    tx = stablegrad(mask=mask)
+    tx = stablegrad(weights=weights)
     updates, state = jax.jit(tx.update)(grads, tx.init(grads))
     expected = Reference().update(
         {
@@ -260,7 +260,7 @@ def test_masks_choose_the_weights(mask):
 
 def test_a_prefix_true_makes_every_leaf_below_a_weight_of_its_own():
     grads = gradients()
-    tx = stablegrad(mask={"hidden": True, "norm": True, "stack": False})
+    tx = stablegrad(weights={"hidden": True, "norm": True, "stack": False})
     updates, _ = tx.update(grads, tx.init(grads))
     for leaf, g in [
         (updates["hidden"]["bias"], grads["hidden"]["bias"]),
@@ -268,6 +268,33 @@ def test_a_prefix_true_makes_every_leaf_below_a_weight_of_its_own():
     ]:
         np.testing.assert_allclose(leaf, g * factor(np.asarray(g)), rtol=1e-6)
     assert_trees_equal(updates["stack"], grads["stack"])
+
+
+def test_a_masked_array_stays_and_scales_no_other():
+    table, kernel = np.full((2, 2), 8.0), np.array([[2.0, -2.0], [2.0, -2.0]])
+    grads = {"table": table, "kernel": kernel, "bias": np.ones(2)}
+    tx = stablegrad(mask={"table": False, "kernel": True, "bias": True})
+    updates, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(updates["table"], table)
+    np.testing.assert_allclose(updates["bias"], np.ones(2) / 2, rtol=1e-6)
+    assert list(scale_factors(state, grads)) == ["bias", "kernel"]
+    # The bias follows the weights that are left, and none if there is none.
+    tx = stablegrad(mask={"table": False, "kernel": False, "bias": True})
+    updates, state = tx.update(grads, tx.init(grads))
+    assert_trees_equal(updates, grads)
+    assert scale_factors(state, grads) == {}
+
+
+def test_mask_and_weights_combine():
+    grads = {"a": np.eye(2), "b": np.full((2, 2), 3.0), "bias": np.array([4.0, 2.0])}
+    tx = stablegrad(
+        weights={"a": True, "b": False, "bias": False},
+        mask={"a": True, "b": False, "bias": True},
+    )
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["a"], 2 * np.eye(2), rtol=1e-6)  # std 1/2
+    np.testing.assert_array_equal(updates["b"], grads["b"])
+    np.testing.assert_allclose(updates["bias"], [8, 4], rtol=1e-6)
 
 
 class Cell(NamedTuple):
@@ -456,7 +483,7 @@ def test_a_bias_follows_slice_by_slice_and_the_whole_of_an_unstacked_weight():
     grads = {"w": np.float32(stacked), "v": np.float32(whole), "b": np.ones((2, 3))}
     tx = stablegrad(
         num_stacked_axes={"w": 1, "v": 0, "b": 1},
-        mask={"b": False} | {"w": True, "v": True},
+        weights={"b": False} | {"w": True, "v": True},
     )
     updates, _ = tx.update(grads, tx.init(grads))
     for i in range(2):

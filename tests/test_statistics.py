@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablegrad_optax import _leaves, _statistics, stablegrad
+from stablegrad_optax import _gradients, _statistics, stablegrad
 
 # dtype: exponents of ten that the std may have without leaving the dtype's range.
 RANGES = {
@@ -55,7 +55,7 @@ def measure(machine):
 
     @functools.partial(jax.jit, static_argnames=("which", "num_stacked"))
     def compiled(tree, which="spreads", num_stacked=0):
-        layout = _leaves.lay_out(tree, mask=None, num_stacked_axes=num_stacked)
+        layout = _gradients.lay_out(tree, num_stacked_axes=num_stacked)
         return getattr(_statistics, which)(jax.tree.leaves(tree), layout.leaves)
 
     def side_by_side(*args, cpu, default):
@@ -185,7 +185,7 @@ def test_no_compiler_rewriting_leaves_the_range(measure, shape):
 
 def lowered(platform, *shapes):
     tree = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    leaves = _leaves.lay_out(tree, mask=None).leaves
+    leaves = _gradients.lay_out(tree).leaves
     spreads = jax.jit(lambda tree: _statistics.spreads(tree, leaves))
     return spreads.trace(tree).lower(lowering_platforms=(platform,))
 

@@ -68,9 +68,9 @@ def test_biases_with_axes_are_no_weights(name):
         )
 
 
-def test_a_mask_of_true_makes_them_weights():
+def test_weights_true_makes_them_weights():
     grads = {"kernel": jnp.ones((2, 2)), "bias": jnp.array([[1.0, 3.0]])}
-    tx = stablegrad(mask=True)
+    tx = stablegrad(weights=True)
     updates, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates["bias"], [[1, 3]], rtol=1e-6)
 
@@ -201,5 +201,5 @@ def test_params_may_be_a_whole_equinox_model(case):
 def test_gradients_of_other_names_are_refused(case):
     params = {"a": jnp.eye(2), "b": jnp.eye(2)}
     grads, state = {"a": jnp.eye(2), "c": jnp.eye(2)}, case.tx.init(params)
-    with pytest.raises(ValueError, match="'c' is no parameter"):
+    with pytest.raises(ValueError, match="'c' is not a parameter"):
         case.tx.update(grads, state, params, **case.extra_args)
