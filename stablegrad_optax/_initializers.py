@@ -1,39 +1,20 @@
-"""An initializer that keeps the forward signal at one scale for any activation."""
+"""An initializer whose scale fits the activation that follows the layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import ArrayLike
-from numpy.typing import NDArray
 
 from stablegrad_optax._checks import require_number
-
-_Floats = NDArray[np.float64]
-
-# Midpoints of equal cells over +-8 standard deviations. Against Gauss-Hermite
-# (512 nodes: off by 2e-3 for hard_tanh) a kink costs only the square of the
-# cell, 3e-7; smooth activations converge exponentially with either.
-_NODES = (np.arange(8000) + 0.5) * 2e-3 - 8.0
-_WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
-
-# Where sigma* is looked for. Beyond 100 the nodes no longer resolve an activation
-# that oscillates; the last scale stands for infinity, where a bounded activation
-# shows the variance that it can reach.
-_SCALES = np.geomspace(1e-3, 1e2, 31)
-_INFINITY = 1e6
-
-# An activation that reaches a unit second moment only far out in its saturation
-# counts as bounded.
-_UNBOUNDED_VARIANCE = 1 / 0.98
+from stablegrad_optax._mean_field import gradient_gain, signal_state
 
 
 def activation_aware_normal(
     activation: Callable[[jax.Array], ArrayLike],
     *,
+    preserve: Literal["signal", "gradient"] = "signal",
     input_second_moment: float | None = None,
     out_axis: int = -1,
     dtype: Any = None,
@@ -150,14 +131,28 @@ def activation_aware_normal(
       Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
       <https://arxiv.org/abs/2605.19856>`_, 2026
     """
-    sigma, second_moment = _stationary_state(activation)
-    if input_second_moment is not None:
-        require_number("input_second_moment", input_second_moment, above=0)
-        second_moment = input_second_moment
+    if not callable(activation):
+        raise ValueError(
+            "activation must be an elementwise callable such as jnp.tanh, got "
+            f"{activation!r}."
+        )
+    if preserve not in ("signal", "gradient"):
+        raise ValueError(f"preserve must be 'signal' or 'gradient'; got {preserve!r}.")
+    if preserve == "gradient":
+        if input_second_moment is not None:
+            raise ValueError(
+                "input_second_moment must be None for preserve='gradient', whose gain "
+                f"is the same in every layer; got {input_second_moment!r}."
+            )
+        gain = gradient_gain(activation)
+    else:
+        sigma, second_moment = signal_state(activation)
+        if input_second_moment is not None:
+            require_number("input_second_moment", input_second_moment, above=0)
+            second_moment = input_second_moment
+        gain = sigma / second_moment**0.5
     # No axis is named as input: all but the output's then count as receptive field.
-    scaled = variance_scaling(
-        sigma**2 / second_moment, "fan_in", "normal", (), out_axis, dtype=dtype
-    )
+    scaled = variance_scaling(gain**2, "fan_in", "normal", (), out_axis, dtype=dtype)
 
     def init(
         key: jax.Array, shape: Any, dtype: Any = dtype, out_sharding: Any = None
@@ -170,60 +165,3 @@ def activation_aware_normal(
         return scaled(key, shape, dtype, out_sharding)
 
     return init
-
-
-def _stationary_state(
-    activation: Callable[[jax.Array], ArrayLike],
-) -> tuple[float, float]:
-    """Returns sigma* and E[f(z)^2] there."""
-    if not callable(activation):
-        raise ValueError(
-            "activation must be an elementwise callable such as jnp.tanh, got "
-            f"{activation!r}."
-        )
-    second_moments, variances = _moments(activation, np.append(_SCALES, _INFINITY))
-    reachable = variances.max()
-    bounded = bool(reachable < _UNBOUNDED_VARIANCE)
-    above = variances >= reachable / 2 if bounded else second_moments >= 1
-    above = above[:-1]
-    if above[0] or not above.any():
-        raise ValueError(
-            "activation must be an elementwise callable f for which "
-            f"{'Var[f(z)] = V / 2' if bounded else 'E[f(z)^2] = 1'} has a solution "
-            f"with z ~ N(0, sigma^2) and sigma between {_SCALES[0]:g} and "
-            f"{_SCALES[-1]:g}; {activation!r} has none."
-        )
-
-    # The first scale that is high enough, narrowed down by halving.
-    first = int(above.argmax())
-    low, high = _SCALES[first - 1 : first + 1]
-    while high - low > 1e-7 * high:
-        sigma = (low + high) / 2
-        second_moment, variance = _moments(activation, np.array([sigma]))
-        reached = variance >= reachable / 2 if bounded else second_moment >= 1
-        low, high = (low, sigma) if reached else (sigma, high)
-    return float(high), float(_moments(activation, np.array([high]))[0][0])
-
-
-def _moments(
-    activation: Callable[[jax.Array], ArrayLike], scales: _Floats
-) -> tuple[_Floats, _Floats]:
-    """Returns E[f(z)^2] and Var[f(z)], f64[scales], for z ~ N(0, scale^2)."""
-    nodes = np.asarray(scales[:, None] * _NODES, np.float32)
-    # Modules make their initializers while they are traced.
-    with jax.ensure_compile_time_eval():
-        values = np.asarray(activation(jnp.asarray(nodes)), np.float64)
-    if values.shape != nodes.shape:
-        raise ValueError(
-            "activation must keep the shape of its argument; "
-            f"{activation!r} maps {nodes.shape} to {values.shape}."
-        )
-    with np.errstate(all="ignore"):
-        mean = values @ _WEIGHTS
-        second_moment = values**2 @ _WEIGHTS
-        variance = (values - mean[:, None]) ** 2 @ _WEIGHTS
-    # What overflows is as good as infinite, and so is NaN: never a solution.
-    return (
-        np.where(np.isfinite(second_moment), second_moment, np.inf),
-        np.where(np.isfinite(variance), variance, np.inf),
-    )
