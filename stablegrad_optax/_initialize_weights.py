@@ -69,9 +69,9 @@ def initialize_weights(
       with an explicit sharding, is replaced by one with the same sharding.
 
     Raises:
-      ValueError: If no array is a weight, a weight has fewer than two axes, ``out_axis``
-        is neither -1 nor 0, ``initializer`` is not a function or returns another shape
-        or dtype, or an array that stays is a ``jax.ShapeDtypeStruct``.
+      ValueError: If no array is a weight, a weight has fewer than two axes,
+        ``out_axis`` is neither -1 nor 0, ``initializer`` is not a function or returns
+        another shape or dtype, or an array that stays is a ``jax.ShapeDtypeStruct``.
 
     Examples:
       Equinox::
@@ -101,7 +101,7 @@ def initialize_weights(
 
       ``params`` may hold ``jax.ShapeDtypeStruct`` in place of weights and biases, which
       need only their shapes; a ``sharding`` of theirs is kept. Inside ``jit`` on an
-      automatic mesh the compiler chooses the sharding, so state it by ``out_shardings``.
+      automatic mesh the compiler chooses the sharding; name it by ``out_shardings``.
 
     References:
       Glorot and Bengio, `Understanding the difficulty of training deep feedforward
@@ -124,7 +124,8 @@ def initialize_weights(
         shapes = ", ".join(f"'{leaf.name}' {leaf.shape}" for leaf in leaves)
         raise ValueError(
             "params must hold a weight: a floating array of at least two axes that is "
-            f"not named 'bias', or one that weights chooses; got {shapes or 'no array'}."
+            "not named 'bias', or one that weights chooses; got "
+            f"{shapes or 'no array'}."
         )
     parents = {leaves[i].parent for i in drawn}
     for i, leaf in enumerate(leaves):
@@ -134,8 +135,8 @@ def initialize_weights(
             new = jnp.zeros(leaf.shape, leaf.dtype)
         elif isinstance(values[i], jax.ShapeDtypeStruct):
             raise ValueError(
-                f"params must hold the value of '{leaf.name}', which is neither a weight "
-                f"nor a bias and stays as it is; got {values[i]}."
+                f"params must hold the value of '{leaf.name}', which is neither a "
+                f"weight nor a bias and stays as it is; got {values[i]}."
             )
         else:
             continue
@@ -157,8 +158,8 @@ def _draw(
     shape = leaf.shape[leaf.num_stacked :]
     if len(shape) < 2:
         raise ValueError(
-            f"weights must choose arrays with an input and an output axis; '{leaf.name}' "
-            f"has shape {leaf.shape} and {leaf.num_stacked} stacked axes."
+            "weights must choose arrays with an input and an output axis; "
+            f"'{leaf.name}' has shape {leaf.shape} and {leaf.num_stacked} stacked axes."
         )
     if out_axis == 0:
         shape = (*shape[2:], shape[1], shape[0])

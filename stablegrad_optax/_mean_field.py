@@ -5,6 +5,7 @@ maps their variance q = sigma^2 to g^2 E[f(z)^2]. All expectations are quadratur
 a grid, and they are computed in NumPy when an initializer is made.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -90,7 +91,7 @@ def gradient_gain(activation: Activation) -> float:
 
     # Near the fixed point at zero the balance is 1 but for rounding.
     clear = np.flatnonzero(abs(balance - 1) > _TOLERANCE)
-    for low, high in zip(clear[:-1], clear[1:], strict=True):
+    for low, high in itertools.pairwise(clear):
         starts_below = balance[low] < 1
         if starts_below == (balance[high] < 1):
             continue
@@ -115,7 +116,7 @@ def _bisect(reached: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _growth(activation: Activation, scales: _Floats) -> tuple[_Floats, _Floats]:
-    """Returns E[f(z)^2] / scale^2 and E[f'(z)^2], f64[scales], for z ~ N(0, scale^2)."""
+    """Returns E[f(z)^2] / scale^2 and E[f'(z)^2] for z ~ N(0, scale^2)."""
 
     def slope(z: jax.Array) -> jax.Array:
         try:

@@ -1,0 +1,239 @@
+"""Which initializer does a deep PINN need?
+
+Trains plain networks from several initializers with Adam, for three equations, four
+activations and three depths, and writes a page. Finished networks are not trained again.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    from benchmarks.lib.start import start
+
+    sys.exit(start("benchmarks.initializers"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.nn.initializers import Initializer
+from rich.console import Console
+
+from benchmarks.lib import machine, runs
+from benchmarks.lib.command_line import parse
+from benchmarks.tasks.pinn.ansatz import Derivatives
+from benchmarks.tasks.pinn.network import ACTIVATIONS, Network, Params
+from benchmarks.tasks.pinn.problems import (
+    PROBLEMS,
+    Problem,
+    Term,
+    uniform,
+    uniform_on_ends,
+)
+from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
+from stablegrad_optax import (
+    activation_aware_normal,
+    gradient_report,
+    initialize_weights,
+)
+
+PROG = "python -m benchmarks.initializers"
+FUNCTIONS = "tanh", "gelu", "sin", "silu"
+SHALLOW, DEPTHS, SEEDS = 3, (8, 24, 50), 1
+STEPS, LEARNING_RATE = 500, 3e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    results: Path = runs.RESULTS / "initializers.jsonl"
+    """What is finished; the page goes beside it."""
+
+
+def wave() -> Problem:
+    """u_tt = u_xx on the unit square, u = sin(pi x) cos(pi t)."""
+    domain = ((0.0, 1.0), (0.0, 1.0))
+
+    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
+        return u.second[0]
+
+    def initial(points: jax.Array, u: Derivatives) -> jax.Array:
+        return jnp.stack([u.value - jnp.sin(jnp.pi * points[..., 0]), u.gradient[1]])
+
+    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.outer(np.sin(np.pi * x), np.cos(np.pi * t))
+
+    return Problem(
+        name="wave",
+        equation="u_tt = u_xx, u(x, 0) = sin(pi x), u_t(x, 0) = 0",
+        inputs=("x", "t"),
+        domain=domain,
+        terms=(
+            Term("equation", 1.0, uniform(domain, 64), ((-1.0, 1.0),), residual),
+            Term(
+                "boundary",
+                100.0,
+                uniform_on_ends(domain, 32, (0,)),
+                None,
+                lambda _, u: u.value,
+            ),
+            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), (), initial),
+        ),
+        solution=solution,
+        grid_shape=(51, 51),
+    )
+
+
+def reaction_diffusion() -> Problem:
+    """Fisher's equation u_t = 0.01 u_xx + 4 u (1 - u) with its travelling front."""
+    domain, diffusion, rate = ((-1.0, 1.0), (0.0, 1.0)), 0.01, 4.0
+
+    def front(x: Any, t: Any) -> Any:
+        exponent = (rate / diffusion / 6) ** 0.5 * x - 5 / 6 * rate * t
+        return (1 + jnp.exp(exponent)) ** -2.0
+
+    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
+        return u.gradient[1] - diffusion * u.second[0] - rate * u.value * (1 - u.value)
+
+    def known(points: jax.Array, u: Derivatives) -> jax.Array:
+        return u.value - front(points[..., 0], points[..., 1])
+
+    return Problem(
+        name="reaction-diffusion",
+        equation="u_t = 0.01 u_xx + 4 u (1 - u)",
+        inputs=("x", "t"),
+        domain=domain,
+        terms=(
+            Term("equation", 1.0, uniform(domain, 64), ((1.0, 0.0),), residual),
+            Term("boundary", 100.0, uniform_on_ends(domain, 32, (0,)), None, known),
+            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, known),
+        ),
+        solution=lambda x, t: np.asarray(front(x[:, None], t)),
+        grid_shape=(101, 51),
+    )
+
+
+EQUATIONS = {
+    "Poisson": PROBLEMS["poisson"],
+    "wave": wave,
+    "reaction-diffusion": reaction_diffusion,
+}
+
+
+def initializers(activation: str) -> dict[str, Initializer | None]:
+    """Name -> initializer of all weights; None keeps Equinox's default."""
+    made = {
+        "Equinox's default": None,
+        "Glorot": jax.nn.initializers.glorot_uniform(),
+        "He": jax.nn.initializers.he_normal(),
+    }
+    for preserve in ("gradient", "signal"):
+        with suppress(ValueError):  # some activations have no gain of this kind
+            made[f"preserve='{preserve}'"] = activation_aware_normal(
+                lambda z: ACTIVATIONS[activation](z).value, preserve=preserve
+            )
+    return made
+
+
+@partial(jax.jit, static_argnums=0)
+def train(
+    task: Pinn, held_out: Any, params: Params, key: jax.Array
+) -> tuple[jax.Array, Params, jax.Array]:
+    """Trains runs side by side, params f[runs, ...], at the same points.
+
+    Returns:
+        The first loss, the first gradient and the last error of each run.
+    """
+    tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
+
+    def run(params: Params) -> tuple[jax.Array, Params, jax.Array]:
+        def step(carry: tuple[Params, Any], index: jax.Array) -> tuple[Any, None]:
+            params, opt_state = carry
+            grads = task.gradient(params, None, key, index).grads
+            updates, opt_state = tx.update(grads, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        first = task.gradient(params, None, key, jnp.int32(0))
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))
+        score = task.score(carry[0], None, held_out)
+        return first.loss, first.grads, score["error"]
+
+    return jax.vmap(run)(params)
+
+
+def measure(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record for each initializer of a network."""
+    network = Network(cell["depth"], 32, cell["activation"], "uniform")
+    task = Pinn(EQUATIONS[cell["equation"]](), network)
+    key, init_key, new_key = jax.random.split(jax.random.key(cell["seed"]), 3)
+    default = network.init(init_key)
+    made = initializers(cell["activation"])
+    params = [
+        default if init is None else initialize_weights(default, new_key, init)
+        for init in made.values()
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    losses, grads, errors = jax.device_get(
+        train(task, evaluation(task.problem), stacked, key)
+    )
+    shallow = Pinn(task.problem, replace(network, depth=SHALLOW))
+    params = shallow.network.init(init_key)
+    points = task.problem.sample(jax.random.fold_in(key, 0))
+    shallow_loss = float(jax.jit(shallow.gradient_at)(params, points).loss)
+    reports = [
+        gradient_report(jax.tree.map(itemgetter(i), grads)) for i in range(len(made))
+    ]
+    return [
+        {
+            **cell,
+            "initializer": name,
+            "verdict": reports[i].verdict,
+            "loss_ratio": runs.finite(float(losses[i]) / shallow_loss, digits=3),
+            "error": runs.finite(float(errors[i]), digits=3),
+            **machine.origin(),
+        }
+        for i, name in enumerate(made)
+    ]
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    return ""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Trains what is missing and writes the page; returns the exit code."""
+    options = parse(Options, args, prog=PROG, description=__doc__)
+    path = options.results
+    records = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
+    console = Console()
+    cells = product(range(SEEDS), FUNCTIONS, DEPTHS, EQUATIONS)
+    for seed, activation, depth, equation in cells:
+        cell = {
+            "equation": equation,
+            "activation": activation,
+            "depth": depth,
+            "seed": seed,
+        }
+        if any(cell.items() <= record.items() for record in records):
+            continue
+        measured = measure(cell)
+        for record in measured:
+            console.print(*list(record.values())[:8], highlight=False)
+        records += measured
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in measured)
+    path.with_suffix(".md").write_text(page(records))
+    console.print(f"Page: {path.with_suffix('.md')}", highlight=False)
+    return 0
