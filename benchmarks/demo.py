@@ -114,7 +114,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Half:
-    """What is trained side by side in one row of the figure.
+    """The trainings that one row of the figure compares.
 
     Attributes:
         title: of the row.
@@ -319,7 +319,7 @@ def _rows(
     histories: dict[str, History],
     reference: ReferenceFile | None,
 ) -> list[Row]:
-    """With a file, both errors are taken on the file's own grid."""
+    """Scores every run, on the grid of the reference file if there is one."""
     rows = []
     for half in halves:
         for name, training in half.trainings.items():

@@ -56,11 +56,9 @@ def activation_aware_normal(
     softplus    none               1.0831             1
     ==========  =================  =================  ==============
 
-    gelu, silu and mish have no stable fixed point that preserves the gradient: the
-    variance of a deep network leaves the one at zero. softplus has no fixed point of
-    that kind at all. What to use for them instead is on the page of
-    ``python -m benchmarks.initializers``, which trains deep physics-informed networks
-    from each initializer.
+    gelu, silu and mish preserve the gradient at the fixed point zero alone, which is not
+    stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
+    physics-informed networks from each initializer.
 
     Args:
       activation: The activation that *follows* the layer: any elementwise callable,
@@ -96,9 +94,8 @@ def activation_aware_normal(
         init = activation_aware_normal(jnp.tanh, preserve="gradient")
         model = initialize_weights(model, key, init, out_axis=0)
 
-      Flax also takes it as a ``kernel_init``, in ``linen`` and in ``nnx``::
+      Flax also takes it as a ``kernel_init``::
 
-        nn.Dense(64, kernel_init=init)
         nnx.Linear(64, 64, kernel_init=init, rngs=rngs)
 
       By hand:
@@ -112,12 +109,10 @@ def activation_aware_normal(
       1.00
 
     Notes:
-      The equations hold in expectation, that is at infinite width. A layer of finite
-      width multiplies the second moment by a random factor of about 1 +-
-      :math:`\sqrt{c / n_\text{in}}`, with c from 0.5 (tanh) to 6 (silu). With
-      ``"signal"``, tanh, sin, selu and elu forget these factors, relu accumulates them,
-      and mish, gelu and silu amplify them with depth: deep plain networks of these need
-      residual connections or normalization.
+      The equations hold at infinite width. With ``"signal"``, tanh, sin, selu and elu
+      forget the random factors of a finite width, relu accumulates them, and mish, gelu
+      and silu amplify them with depth: deep plain networks of these need residual
+      connections or normalization.
 
       The StableGrad paper pairs its method with an activation-aware initializer whose
       formula was not available to this project. The equations of ``"signal"`` are this

@@ -129,7 +129,7 @@ GRADIENT = {
 
 @pytest.mark.parametrize("name", GRADIENT)
 def test_the_gradient_is_preserved_at_a_stable_fixed_point(name):
-    """By adaptive quadrature of hand-written slopes, and by iterating the map."""
+    """Checks the gain by adaptive quadrature and by iterating the variance map."""
     activation, reference, slope, stated = GRADIENT[name]
     g = gain(activation, preserve="gradient")
     if stated is not None:
@@ -172,8 +172,8 @@ def test_gradients_of_a_deep_network(activation, preserve):
     keys_out = jax.random.split(jax.random.key(2), 4)
     squares = [jnp.mean(input_gradient(inputs, key) ** 2) for key in keys_out]
     growth = float(np.mean(squares))
-    # The variance of tanh, sin and elu falls to its fixed point as a power of the depth,
-    # and the gradient changes as another; the random factors of relu do not cancel.
+    # The variance of tanh, sin and elu falls to its fixed point as a power of the
+    # depth, and the gradient changes as another. The random factors of relu add up.
     if preserve == "gradient" or activation is jax.nn.relu:
         assert 0.05 < growth < 20
     elif activation is jnp.tanh:
