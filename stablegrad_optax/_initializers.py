@@ -56,8 +56,8 @@ def activation_aware_normal(
     softplus    none               1.0831             1
     ==========  =================  =================  ==============
 
-    gelu, silu and mish preserve the gradient at the fixed point zero alone, which is not
-    stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
+    gelu, silu and mish preserve the gradient at the fixed point zero alone, which is
+    not stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
     physics-informed networks from each initializer.
 
     Args:
