@@ -85,7 +85,7 @@ An initializer is good if, for every equation and depth, three things hold:
    relative L2 error is at most {FAILURE_ERROR}.
 
 {{summary}}
-Each line below is one run per equation, at the better learning rate; a count below three
+Each line below is one run per equation, at the better learning rate; a count below 3
 means that an equation is not measured yet. Lower errors are
 better.
 
