@@ -1,8 +1,10 @@
-"""A deep network learns a differential equation: with Muon alone it fails.
+"""A deep network learns a differential equation: which remedy does it need?
 
-Trains one physics-informed network four times side by side, from the same initial
-weights and on the same points: AdamW with b2=0.9, Muon, a clip before Muon, and
-StableGrad before Muon. Prints the errors against the exact solution and saves a figure.
+The first half trains one physics-informed network of 50 layers from Equinox's default
+weights, with AdamW, Muon, clipping then Muon, and StableGrad then Muon, and once more
+from Glorot weights with Muon alone. The second half trains a network of 8 layers from
+Glorot weights with a loss in another unit. Prints the errors against the exact solution
+and saves a figure.
 """
 
 import sys
@@ -16,7 +18,8 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +28,6 @@ import matplotlib
 matplotlib.use("Agg")  # the demo saves its figure and opens no window
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.live import Live
@@ -58,8 +60,17 @@ from benchmarks.tasks.pinn.task import (
 )
 
 PROG = "python -m benchmarks.demo"
-SHOWN = "StableGrad | Muon"  # whose gradients and solution the figure shows
-ARMS = ("none | AdamW b2=0.9", "none | Muon", "clip 1 | Muon", SHOWN)
+# Name -> the arm of `benchmarks.lib.arms`.
+OPTIMIZERS = {
+    "AdamW": "none | AdamW",
+    "Muon": "none | Muon",
+    "clip + Muon": "clip 1 | Muon",
+    "StableGrad + Muon": "StableGrad | Muon",
+}
+SHOWN = "StableGrad + Muon"  # whose gradients the figure shows
+REMEDY = "Muon from Glorot weights"
+# A solution of micrometres, in metres, has residuals 1e-6 times as large.
+LOSS_UNIT, UNIT_DEPTH = 1e-12, 8
 DEPTH = {"poisson": 50, "burgers": 16}
 STEPS = {"poisson": 1500, "burgers": 3000}
 AGREEMENT = 1e-3  # the scores against Cole-Hopf and against a file
@@ -102,10 +113,28 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm's line of the table; errors are relative L2."""
+class Half:
+    """The trainings that one row of the figure compares.
 
-    arm: str
+    Attributes:
+        title: of the row.
+        trainings: name of the optimizer -> what it trains.
+    """
+
+    title: str
+    trainings: Mapping[str, Training]
+
+    def key(self, name: str) -> str:
+        """The name of a training among those of both halves."""
+        return f"{self.title}: {name}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; errors are relative L2."""
+
+    half: str
+    optimizer: str
     error: float
     error_to_file: float | None
     ms_per_step: float
@@ -187,45 +216,64 @@ def run(
     problem = PROBLEMS[options.problem]()
     depth = options.depth or DEPTH[options.problem]
     steps = options.steps or STEPS[options.problem]
-    network = Network(depth, options.width, initializer="uniform")
+    glorot = Network(depth, options.width, initializer="glorot")
+    default = replace(glorot, initializer="uniform")
     if options.gain is not None:
-        network = Network(depth, options.width, gain=options.gain)
+        default = replace(glorot, initializer="normal", gain=options.gain)
+    terms = [replace(term, weight=LOSS_UNIT * term.weight) for term in problem.terms]
+    in_unit = replace(problem, terms=tuple(terms))
+    shallow = replace(glorot, depth=UNIT_DEPTH)
+
+    def training(problem: Problem, network: Network, arm: str) -> Training:
+        rule = Rule(Arm.of(arm), steps)
+        return Training(
+            Pinn(problem, network), rule, record_steps(steps), evaluation(problem)
+        )
+
+    halves = (
+        Half(
+            f"{depth} layers, {_weights(options)}",
+            {name: training(problem, default, arm) for name, arm in OPTIMIZERS.items()}
+            | {REMEDY: training(problem, glorot, OPTIMIZERS["Muon"])},
+        ),
+        Half(
+            f"{UNIT_DEPTH} layers, Glorot weights, loss times {LOSS_UNIT:g}",
+            {name: training(in_unit, shallow, arm) for name, arm in OPTIMIZERS.items()},
+        ),
+    )
     console.print(
-        f"{problem.equation}: depth {depth}, width {options.width}, tanh, "
-        f"{_start(options)}, {steps} steps, seed {options.seed}",
+        f"{problem.equation}: width {options.width}, tanh, {steps} steps, seed "
+        f"{options.seed}",
         highlight=False,
     )
-    trainings = {
-        arm: Training(
-            Pinn(problem, network),
-            Rule(Arm.of(arm), steps),
-            record_steps(steps),
-            evaluation(problem),
-        )
-        for arm in ARMS
-    }
-    histories = _train_with_progress(trainings, options, console)
-    rows = _rows(problem, network, histories, reference)
+    histories = _train_with_progress(halves, options, console)
+    rows = _rows(problem, halves, histories, reference)
     console.print(_table(rows, reference, options))
     if reference is not None:
         _compare_references(reference, problem, options, console)
     path = output_path(options)
-    figures.save(_figure(problem, network, histories, options), path)
+    figures.save(_figure(problem, halves, histories, options), path)
     console.print(
         f"Figure: {path}   ({time.perf_counter() - begin:.0f} s)", highlight=False
     )
     return rows
 
 
-def _start(options: Options) -> str:
+def _weights(options: Options) -> str:
     if options.gain is None:
         return "Equinox's default weights"
     return f"weights of gain {options.gain:.3g}"
 
 
 def _train_with_progress(
-    trainings: Mapping[str, Training], options: Options, console: Console
+    halves: Sequence[Half], options: Options, console: Console
 ) -> dict[str, History]:
+    trainings = {
+        half.key(name): training
+        for half in halves
+        for name, training in half.trainings.items()
+    }
+    first = next(iter(trainings))
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -236,7 +284,7 @@ def _train_with_progress(
         TimeRemainingColumn(),
         console=console,
     )
-    steps = trainings[SHOWN].rule.steps
+    steps = trainings[first].rule.steps
     # Not started, so that the time left is estimated from steps, not compilation.
     training = progress.add_task("compiling", total=steps, start=False)
     try:
@@ -244,7 +292,7 @@ def _train_with_progress(
 
             def show(record: dict[str, Moment]) -> None:
                 progress.start_task(training)
-                done = record[SHOWN].step
+                done = record[first].step
                 progress.update(training, completed=done, description="training")
                 live.update(Group(progress, _current_errors(record)))
 
@@ -267,20 +315,24 @@ def _current_errors(record: dict[str, Moment]) -> Table:
 
 def _rows(
     problem: Problem,
-    network: Network,
+    halves: Sequence[Half],
     histories: dict[str, History],
     reference: ReferenceFile | None,
 ) -> list[Row]:
-    """With a file, both errors are taken on the file's own grid."""
+    """Scores every run, on the grid of the reference file if there is one."""
     rows = []
-    for arm, history in histories.items():
-        error, to_file = history.scores["error"][-1], None
-        if reference is not None:
-            axes = reference.x, reference.t
-            prediction = predict(network, history.params, axes)
-            error = relative_l2(prediction, problem.solution(*axes))
-            to_file = float(relative_l2(prediction, reference.values))
-        rows.append(Row(arm, float(error), to_file, history.ms_per_step))
+    for half in halves:
+        for name, training in half.trainings.items():
+            history = histories[half.key(name)]
+            error, to_file = history.scores["error"][-1], None
+            if reference is not None:
+                axes = reference.x, reference.t
+                prediction = predict(training.task.network, history.params, axes)
+                error = relative_l2(prediction, problem.solution(*axes))
+                to_file = float(relative_l2(prediction, reference.values))
+            rows.append(
+                Row(half.title, name, float(error), to_file, history.ms_per_step)
+            )
     return rows
 
 
@@ -295,15 +347,18 @@ def _table(rows: list[Row], reference: ReferenceFile | None, options: Options) -
         table.add_column("against the file", justify="right")
     table.add_column("result")
     table.add_column("ms per step", justify="right")
-    for row in rows:
-        to_file = [] if row.error_to_file is None else [f"{row.error_to_file:.5f}"]
-        table.add_row(
-            row.arm,
-            f"{row.error:.5f}",
-            *to_file,
-            f"[{'red' if row.verdict == 'failed' else 'green'}]{row.verdict}",
-            f"{row.ms_per_step:.1f}",
-        )
+    for half, group in groupby(rows, lambda row: row.half):
+        table.add_section()
+        table.add_row(f"[bold]{half}")
+        for row in group:
+            to_file = [] if row.error_to_file is None else [f"{row.error_to_file:.5f}"]
+            table.add_row(
+                f"  {row.optimizer}",
+                f"{row.error:.5f}",
+                *to_file,
+                f"[{'red' if row.verdict == 'failed' else 'green'}]{row.verdict}",
+                f"{row.ms_per_step:.1f}",
+            )
     return table
 
 
@@ -322,61 +377,37 @@ def _compare_references(
 
 def _figure(
     problem: Problem,
-    network: Network,
+    halves: Sequence[Half],
     histories: dict[str, History],
     options: Options,
 ) -> Figure:
-    shown = histories[SHOWN]
-    figure, axes = plt.subplot_mosaic(
-        [["error", "before", "after"], ["error", "solution", "difference"]],
-        figsize=(12, 6.6),
-        width_ratios=[1.25, 1, 1],
-        layout="constrained",
+    figure, panels = plt.subplots(
+        2, 3, figsize=(13, 8), width_ratios=[1.35, 1, 1], layout="constrained"
     )
-    errors = {arm: history.scores["error"] for arm, history in histories.items()}
-    figures.error_curves(axes["error"], shown.steps, errors, failure=FAILURE_ERROR)
-    axes["error"].set_title("Error against the exact solution")
-
-    before, after = shown.stds, shown.scaled
-    limit = figures.log_limit([before, after])
-    figures.heat_map(axes["before"], shown.steps, before, limit=limit)
-    axes["before"].set_title("Gradient std before scaling ...")
-    mesh = figures.heat_map(axes["after"], shown.steps, after, limit=limit)
-    axes["after"].set_title("... and after (white: the reference, 1)")
-    figure.colorbar(
-        mesh,
-        ax=[axes["before"], axes["after"]],
-        label=r"$\log_{10}$ std of $\partial L/\partial W$",
-    )
-
-    solution = problem.solution(*problem.axes())
-    prediction = predict(network, shown.params, problem.axes())
-    figures.field(
-        axes["solution"],
-        problem.axes(),
-        prediction,
-        names=problem.inputs,
-        label="u (dimensionless)",
-        cmap="viridis",
-    )
-    axes["solution"].set_title(f"u by {SHOWN} ...")
-    figures.field(
-        axes["difference"],
-        problem.axes(),
-        np.abs(prediction - solution),
-        names=problem.inputs,
-        label="|u - exact| (dimensionless)",
-        cmap="magma",
-        vmin=0.0,
-    )
-    axes["difference"].set_title("... and its absolute error")
-
+    for half, (error, before, after) in zip(halves, panels, strict=True):
+        runs = {name: histories[half.key(name)] for name in half.trainings}
+        shown = runs[SHOWN]
+        errors = {name: run.scores["error"] for name, run in runs.items()}
+        figures.error_curves(error, shown.steps, errors, failure=FAILURE_ERROR)
+        error.set_title(half.title)
+        limit = figures.log_limit([shown.stds, shown.scaled])
+        figures.heat_map(before, shown.steps, shown.stds, limit=limit)
+        before.set_title(f"{SHOWN}: gradient std")
+        mesh = figures.heat_map(after, shown.steps, shown.scaled, limit=limit)
+        after.set_title("after scaling (white: 1)")
+        figure.colorbar(
+            mesh,
+            ax=[before, after],
+            label=r"$\log_{10}$ std of $\partial L/\partial W$",
+        )
     figure.suptitle(f"{problem.name.capitalize()}: {problem.equation}", fontsize=13)
     figure.supxlabel(
-        f"{network.depth} hidden layers of {network.width} {network.activation} units, "
-        f"{_start(options)}, learning rate {options.learning_rate:g} (cosine to "
-        f"0), seed {options.seed}. Middle, right: {SHOWN}; both heat maps have one "
-        f"colour scale.\n{provenance()}",
+        "A good initializer solves the deep network without scale control. You need "
+        "scale control where you cannot change the initialization,\nwhere gradients "
+        "drift during training, or where the loss has another unit, as below: a "
+        "solution of micrometres, in metres.\n"
+        f"Width {options.width}, tanh, learning rate {options.learning_rate:g} (cosine "
+        f"to 0), seed {options.seed}. {provenance()}",
         fontsize=9,
         color="0.3",
     )

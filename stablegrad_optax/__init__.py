@@ -8,6 +8,7 @@ from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
 from stablegrad_optax._diagnostics import health, scale_factors
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
+from stablegrad_optax._initialize_weights import initialize_weights
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._normalize import (
     NormalizeByLeafNormState,
@@ -46,6 +47,7 @@ __all__ = [
     "gradient_report",
     "gradient_stabilizer",
     "health",
+    "initialize_weights",
     "normalize_by_leaf_norm",
     "prediction_grad_std",
     "scale_factors",

@@ -1,101 +1,81 @@
-"""An initializer that keeps the forward signal at one scale for any activation."""
+"""An initializer whose scale fits the activation that follows the layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.nn.initializers import Initializer, variance_scaling
 from jax.typing import ArrayLike
-from numpy.typing import NDArray
 
 from stablegrad_optax._checks import require_number
-
-_Floats = NDArray[np.float64]
-
-# Midpoints of equal cells over +-8 standard deviations. Against Gauss-Hermite
-# (512 nodes: off by 2e-3 for hard_tanh) a kink costs only the square of the
-# cell, 3e-7; smooth activations converge exponentially with either.
-_NODES = (np.arange(8000) + 0.5) * 2e-3 - 8.0
-_WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
-
-# Where sigma* is looked for. Beyond 100 the nodes no longer resolve an activation
-# that oscillates; the last scale stands for infinity, where a bounded activation
-# shows the variance that it can reach.
-_SCALES = np.geomspace(1e-3, 1e2, 31)
-_INFINITY = 1e6
-
-# An activation that reaches a unit second moment only far out in its saturation
-# counts as bounded.
-_UNBOUNDED_VARIANCE = 1 / 0.98
+from stablegrad_optax._mean_field import gradient_gain, signal_state
 
 
 def activation_aware_normal(
     activation: Callable[[jax.Array], ArrayLike],
     *,
+    preserve: Literal["signal", "gradient"] = "signal",
     input_second_moment: float | None = None,
     out_axis: int = -1,
     dtype: Any = None,
 ) -> Initializer:
-    r"""Draws normal weights that hold the activations at one scale at any depth.
+    r"""Makes an initializer whose gain fits the activation that follows the layer.
 
-    For an activation :math:`f` and pre-activations :math:`z \sim N(0, \sigma^2)`,
-    let :math:`\sigma^*` be the smallest solution of
-
-    .. math::
-
-        E[f(z)^2] = 1, \qquad \text{or} \qquad
-        \mathrm{Var}[f(z)] = V / 2 \quad \text{where} \quad
-        V = \sup_\sigma \mathrm{Var}[f(z)] < 1 / 0.98,
-
-    the second form being the one for bounded activations, which could reach a unit
-    second moment only in saturation, if at all. The weights are
+    The weights are normal, with :math:`n_\text{in}` the product of all axes but the
+    output's. Set biases to zero.
 
     .. math::
 
-        W \sim N\left(0, \frac{g^2}{n_\text{in}}\right), \qquad
-        g = \frac{\sigma^*}{\sqrt{E[a^2]}},
+        W \sim N\left(0, \frac{g^2}{n_\text{in}}\right)
 
-    with :math:`a` the layer's input and :math:`n_\text{in}` the product of all axes
-    but the output's. Biases are meant to start at zero.
+    For an activation :math:`f` and pre-activations :math:`z \sim N(0, q)`, the gain
+    :math:`g` preserves one of two scales from layer to layer:
 
-    Provenance: the StableGrad paper pairs its method with an activation-aware
-    initializer whose formula was not available to this project. The equations
-    above are this project's, after the public initialization library of the
-    paper's first author; they are not claimed to be the paper's.
+    * ``"gradient"`` solves :math:`g^2 E[f'(z)^2] = 1` where :math:`q` is a stable fixed
+      point, :math:`q = g^2 E[f(z)^2]` (Schoenholz et al.). The gradient keeps its
+      scale, and so do derivatives with respect to the inputs. **Use it for a
+      physics-informed network**, whose loss contains such derivatives.
+    * ``"signal"`` solves :math:`E[f(z)^2] = 1`, or :math:`\mathrm{Var}[f(z)] = V / 2`
+      where :math:`V = \sup_q \mathrm{Var}[f(z)] < 1 / 0.98`, for the smallest
+      :math:`q`, and takes :math:`g = \sqrt{q / E[a^2]}` with :math:`a` the layer's
+      input. The activations keep their scale. The gradient of a deep network of tanh
+      expands from layer to layer, and so do derivatives with respect to the inputs: do
+      not use it for a deep physics-informed network of tanh or sin.
 
-    ==========  ==============  ========  ==============
-    activation  :math:`E[a^2]`  sigma*    gain :math:`g`
-    ==========  ==============  ========  ==============
-    relu        1               1.4142    1.4142
-    gelu        1               1.4680    1.4680
-    silu        1               1.5588    1.5588
-    elu         1               1.2780    1.2780
-    selu        1               1.0000    1.0000
-    mish        1               1.4515    1.4515
-    tanh        1/2             1.337     1.891
-    sin         1/4             0.589     1.177
-    ==========  ==============  ========  ==============
+    ==========  =================  =================  ==============
+    activation  gain, "gradient"   gain, "signal"     :math:`E[a^2]`
+    ==========  =================  =================  ==============
+    tanh        1                  1.891              1/2
+    sin         1                  1.177              1/4
+    relu        1.4142             1.4142             1
+    elu         1                  1.2780             1
+    selu        0.6905             1.0000             1
+    gelu        none               1.4680             1
+    silu        none               1.5588             1
+    mish        none               1.4515             1
+    softplus    none               1.0831             1
+    ==========  =================  =================  ==============
 
-    What it does not do: the backward pass of a smooth activation expands (by about
-    15 over 20 layers of tanh), which is what
-    :func:`~stablegrad_optax.stablegrad` then controls.
+    gelu, silu and mish preserve the gradient at the fixed point zero alone, which is
+    not stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
+    physics-informed networks from each initializer.
 
     Args:
       activation: The activation that *follows* the layer: any elementwise callable,
-        such as ``jnp.tanh``, ``jax.nn.gelu`` or a lambda. The equations are solved
-        when the initializer is made, which takes some 10 ms and works inside ``jit``
-        too (modules make their initializers there).
-      input_second_moment: :math:`E[a^2]` of the layer's input. ``None``, the
-        default, stands for the stationary output of the same activation, which is
-        right for every hidden layer of a network with one activation. The **first
-        layer** sees data instead: pass ``1.0`` for standardized inputs, ``1/3``
-        for coordinates uniform in [-1, 1]. After *another* activation pass that
-        one's value in the table.
+        such as ``jnp.tanh``, ``jax.nn.gelu`` or a lambda. ``"gradient"`` needs one that
+        JAX can differentiate. The equations are solved when the initializer is made,
+        which works inside ``jit`` too (modules make their initializers there).
+      preserve: Which scale is preserved, ``"signal"`` or ``"gradient"``.
+      input_second_moment: :math:`E[a^2]` of the layer's input, for ``"signal"`` only.
+        ``None``, the default, stands for the stationary output of the same activation,
+        which is right for every hidden layer of a network with one activation. The
+        **first layer** sees data instead: pass ``1.0`` for standardized inputs, ``1/3``
+        for coordinates uniform in [-1, 1]. After *another* activation pass that one's
+        value in the table.
       out_axis: The axis of the kernel that indexes outputs; all others count as
         inputs. -1, the default, is right for Flax (dense, convolution and attention
-        kernels alike); Equinox and PyTorch kernels need 0.
+        kernels alike); Equinox and PyTorch kernels need 0. Keep -1 for
+        :func:`~stablegrad_optax.initialize_weights`, which has an ``out_axis`` itself.
       dtype: The default dtype of the weights; ``None`` is JAX's default float dtype.
 
     Returns:
@@ -104,60 +84,73 @@ def activation_aware_normal(
 
     Raises:
       ValueError: If ``activation`` is not callable, does not keep shapes, or has no
-        :math:`\sigma^*` between 1e-3 and 100 (a constant, one that returns NaN, or
-        one that is 1 or more at zero already, such as ``jnp.exp``); if
-        ``input_second_moment`` is not positive and finite. ``init`` raises it for a
-        shape of fewer than two axes.
+        gain of the kind that ``preserve`` names; if ``preserve`` is another word; if
+        ``input_second_moment`` is not positive and finite, or is given with
+        ``preserve="gradient"``. ``init`` raises it for a shape of fewer than two axes.
 
     Examples:
-      Flax takes it as a ``kernel_init``, in ``linen`` and in ``nnx``::
+      Give a network that is made already new weights, Equinox's for example::
 
-        init = activation_aware_normal(jnp.tanh)
-        nn.Dense(64, kernel_init=init)
+        init = activation_aware_normal(jnp.tanh, preserve="gradient")
+        model = initialize_weights(model, key, init, out_axis=0)
+
+      Flax also takes it as a ``kernel_init``::
+
         nnx.Linear(64, 64, kernel_init=init, rngs=rngs)
-
-      Equinox layers are made first and given new weights afterwards; their kernels
-      are (out, in)::
-
-        init = activation_aware_normal(jnp.tanh, out_axis=0)
-        weight = init(key, linear.weight.shape)
-        linear = eqx.tree_at(lambda layer: layer.weight, linear, weight)
 
       By hand:
 
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from stablegrad_optax import activation_aware_normal
-      >>> init = activation_aware_normal(jnp.tanh)
+      >>> init = activation_aware_normal(jnp.tanh, preserve="gradient")
       >>> kernel = init(jax.random.key(0), (256, 512))
       >>> print(f"{float(kernel.std()) * 256**0.5:.2f}")
-      1.89
+      1.00
 
     Notes:
-      The equations hold in expectation, that is at infinite width. A network of finite
-      width multiplies the second moment by a random factor in every layer, 1 +-
-      :math:`\sqrt{c / n_\text{in}}` with c from 0.5 (tanh) to 6 (silu). What becomes
-      of these factors depends on :math:`d \ln E[f^2] / d \ln \sigma^2` at
-      :math:`\sigma^*`: 0.36 for tanh, 0.69 sin, 0.78 selu, 0.90 elu, which forget them;
-      1 for relu, which accumulates them; 1.05 for mish, 1.08 gelu, 1.15 silu, which
-      **amplify them with depth**. Measured at width 512 over 50 layers without
-      normalization or skip connections, second moments stayed within 6 % of their
-      value for tanh, sin and selu and within 31 % for elu, left it by a factor of 3
-      for relu, and by far more for gelu, mish and silu: deep plain nets of these need
-      residual connections or normalization.
+      The equations hold at infinite width. With ``"signal"``, tanh, sin, selu and elu
+      forget the random factors of a finite width, relu accumulates them, and mish, gelu
+      and silu amplify them with depth: deep plain networks of these need residual
+      connections or normalization.
+
+      The StableGrad paper pairs its method with an activation-aware initializer whose
+      formula was not available to this project. The equations of ``"signal"`` are this
+      project's, after the public initialization library of the paper's first author;
+      they are not claimed to be the paper's.
 
     References:
+      Poole et al., `Exponential expressivity in deep neural networks through transient
+      chaos <https://arxiv.org/abs/1606.05340>`_, 2016
+
+      Schoenholz et al., `Deep Information Propagation
+      <https://arxiv.org/abs/1611.01232>`_, 2017
+
       Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
       <https://arxiv.org/abs/2605.19856>`_, 2026
     """
-    sigma, second_moment = _stationary_state(activation)
-    if input_second_moment is not None:
-        require_number("input_second_moment", input_second_moment, above=0)
-        second_moment = input_second_moment
+    if not callable(activation):
+        raise ValueError(
+            "activation must be an elementwise callable such as jnp.tanh, got "
+            f"{activation!r}."
+        )
+    if preserve not in ("signal", "gradient"):
+        raise ValueError(f"preserve must be 'signal' or 'gradient'; got {preserve!r}.")
+    if preserve == "gradient":
+        if input_second_moment is not None:
+            raise ValueError(
+                "input_second_moment must be None for preserve='gradient', whose gain "
+                f"is the same in every layer; got {input_second_moment!r}."
+            )
+        gain = gradient_gain(activation)
+    else:
+        sigma, second_moment = signal_state(activation)
+        if input_second_moment is not None:
+            require_number("input_second_moment", input_second_moment, above=0)
+            second_moment = input_second_moment
+        gain = sigma / second_moment**0.5
     # No axis is named as input: all but the output's then count as receptive field.
-    scaled = variance_scaling(
-        sigma**2 / second_moment, "fan_in", "normal", (), out_axis, dtype=dtype
-    )
+    scaled = variance_scaling(gain**2, "fan_in", "normal", (), out_axis, dtype=dtype)
 
     def init(
         key: jax.Array, shape: Any, dtype: Any = dtype, out_sharding: Any = None
@@ -170,60 +163,3 @@ def activation_aware_normal(
         return scaled(key, shape, dtype, out_sharding)
 
     return init
-
-
-def _stationary_state(
-    activation: Callable[[jax.Array], ArrayLike],
-) -> tuple[float, float]:
-    """Returns sigma* and E[f(z)^2] there."""
-    if not callable(activation):
-        raise ValueError(
-            "activation must be an elementwise callable such as jnp.tanh, got "
-            f"{activation!r}."
-        )
-    second_moments, variances = _moments(activation, np.append(_SCALES, _INFINITY))
-    reachable = variances.max()
-    bounded = bool(reachable < _UNBOUNDED_VARIANCE)
-    above = variances >= reachable / 2 if bounded else second_moments >= 1
-    above = above[:-1]
-    if above[0] or not above.any():
-        raise ValueError(
-            "activation must be an elementwise callable f for which "
-            f"{'Var[f(z)] = V / 2' if bounded else 'E[f(z)^2] = 1'} has a solution "
-            f"with z ~ N(0, sigma^2) and sigma between {_SCALES[0]:g} and "
-            f"{_SCALES[-1]:g}; {activation!r} has none."
-        )
-
-    # The first scale that is high enough, narrowed down by halving.
-    first = int(above.argmax())
-    low, high = _SCALES[first - 1 : first + 1]
-    while high - low > 1e-7 * high:
-        sigma = (low + high) / 2
-        second_moment, variance = _moments(activation, np.array([sigma]))
-        reached = variance >= reachable / 2 if bounded else second_moment >= 1
-        low, high = (low, sigma) if reached else (sigma, high)
-    return float(high), float(_moments(activation, np.array([high]))[0][0])
-
-
-def _moments(
-    activation: Callable[[jax.Array], ArrayLike], scales: _Floats
-) -> tuple[_Floats, _Floats]:
-    """Returns E[f(z)^2] and Var[f(z)], f64[scales], for z ~ N(0, scale^2)."""
-    nodes = np.asarray(scales[:, None] * _NODES, np.float32)
-    # Modules make their initializers while they are traced.
-    with jax.ensure_compile_time_eval():
-        values = np.asarray(activation(jnp.asarray(nodes)), np.float64)
-    if values.shape != nodes.shape:
-        raise ValueError(
-            "activation must keep the shape of its argument; "
-            f"{activation!r} maps {nodes.shape} to {values.shape}."
-        )
-    with np.errstate(all="ignore"):
-        mean = values @ _WEIGHTS
-        second_moment = values**2 @ _WEIGHTS
-        variance = (values - mean[:, None]) ** 2 @ _WEIGHTS
-    # What overflows is as good as infinite, and so is NaN: never a solution.
-    return (
-        np.where(np.isfinite(second_moment), second_moment, np.inf),
-        np.where(np.isfinite(variance), variance, np.inf),
-    )

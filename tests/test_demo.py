@@ -21,12 +21,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = ["--depth", "2", "--width", "4", "--steps", "5"]
 
 
-def test_a_short_run_prints_every_arm_and_saves_a_figure(tmp_path, capsys):
+def test_a_short_run_prints_every_optimizer_and_saves_a_figure(tmp_path, capsys):
     path = tmp_path / "made" / "figure.png"
     assert demo.main([*SMALL, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
-    for arm in demo.ARMS:
-        assert re.search(rf"{re.escape(arm)} .*(failed|solved)", printed)
+    for name, times in {**dict.fromkeys(demo.OPTIMIZERS, 2), demo.REMEDY: 1}.items():
+        lines = re.findall(
+            rf"^.   {re.escape(name)} .*(?:failed|solved)", printed, re.M
+        )
+        assert len(lines) == times
     assert path.read_bytes().startswith(b"\x89PNG")
     assert os.listdir(path.parent) == ["figure.png"]
 
@@ -115,12 +118,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_training(
 
 
 @pytest.mark.slow
-def test_muon_fails_where_stablegrad_before_it_solves(tmp_path):
-    """Depth 50, Equinox's default weights, seed 0: the demo as it is."""
+def test_the_demo_shows_what_its_page_says(tmp_path):
+    """The demo as it is, depth 50, seed 0."""
     options = demo.Options(output=tmp_path / "figure.png")
-    rows = {row.arm: row for row in demo.run(options, None, Console(quiet=True))}
-    assert rows["none | Muon"].error > 0.5
-    assert rows["StableGrad | Muon"].error < 0.2
+    rows = demo.run(options, None, Console(quiet=True))
+    deep, in_unit = (
+        {row.optimizer: row.error for row in rows if row.half == half}
+        for half in dict.fromkeys(row.half for row in rows)
+    )
+    assert all(deep[name] > 0.5 for name in ("AdamW", "Muon", "clip + Muon"))
+    assert deep[demo.REMEDY] < deep[demo.SHOWN] < 0.5
+    assert in_unit["AdamW"] > 0.5
+    assert 10 * in_unit[demo.SHOWN] < min(in_unit["Muon"], in_unit["clip + Muon"])
 
 
 def test_a_history_of_factors_is_one_heat_map():

@@ -1,4 +1,6 @@
-"""The scale that `activation_aware_normal` promises, and where it can be used."""
+"""The scales that `activation_aware_normal` preserves, and where it can be used."""
+
+from statistics import NormalDist
 
 import equinox as eqx
 import flax.linen as nn
@@ -19,6 +21,7 @@ STATED = {
     jax.nn.elu: (1.0, 1.2780),
     jax.nn.selu: (1.0, 1.0),
     jax.nn.mish: (1.0, 1.4515),
+    jax.nn.softplus: (1.0, 1.0831),
     jnp.tanh: (0.5, 1.891),
     jnp.sin: (0.25, 1.177),
 }
@@ -88,6 +91,150 @@ def test_any_callable_meets_its_level(name):
     # The reachable variance of soft_sign is read off at sigma = 1e6, not at infinity.
     assert reached == pytest.approx(wanted, rel=2e-5)
     assert gain(activation) == pytest.approx(sigma / second_moment**0.5, rel=2e-5)
+
+
+# The gains that the docstring states, and two activations with a fixed point away from
+# zero, whose gain is None. The slopes are written by hand.
+GRADIENT = {
+    "tanh": (jnp.tanh, np.tanh, lambda z: np.cosh(z) ** -2, 1.0),
+    "sin": (jnp.sin, np.sin, np.cos, 1.0),
+    "relu": (jax.nn.relu, lambda z: max(z, 0), lambda z: float(z > 0), 2**0.5),
+    "elu": (
+        jax.nn.elu,
+        lambda z: z if z > 0 else np.expm1(z),
+        lambda z: 1 if z > 0 else np.exp(z),
+        1.0,
+    ),
+    "selu": (
+        jax.nn.selu,
+        lambda z: 1.0507 * (z if z > 0 else 1.67326 * np.expm1(z)),
+        lambda z: 1.0507 * (1 if z > 0 else 1.67326 * np.exp(z)),
+        0.6905,
+    ),
+    "hard_tanh": (
+        jax.nn.hard_tanh,
+        lambda z: np.clip(z, -1, 1),
+        lambda z: float(abs(z) < 1),
+        1.0,
+    ),
+    "cos": (jnp.cos, np.cos, lambda z: -np.sin(z), None),
+    "sigmoid": (
+        jax.nn.sigmoid,
+        lambda z: 1 / (1 + np.exp(-z)),
+        lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_the_gradient_is_preserved_at_a_stable_fixed_point(name):
+    """Checks the gain by adaptive quadrature and by iterating the variance map."""
+    activation, reference, slope, stated = GRADIENT[name]
+    g = gain(activation, preserve="gradient")
+    if stated is not None:
+        # The fixed point at zero is replaced by a variance of 1e-12.
+        assert g == pytest.approx(stated, rel=1e-4)
+
+    def next_variance(variance):
+        return g**2 * expectation(lambda z: reference(z) ** 2, variance**0.5)
+
+    if name not in ("cos", "sigmoid"):
+        # A variance near zero stays; one far away does not grow.
+        assert next_variance(1e-4) == pytest.approx(1e-4, rel=0.03)
+        assert next_variance(4.0) <= 4.0 * (1 + 1e-5)
+        return
+    variance = 1.0
+    for _ in range(60):
+        variance = next_variance(variance)
+    chi = g**2 * expectation(lambda z: slope(z) ** 2, variance**0.5)
+    # The gain is solved to 1e-4 of a ratio of float32 expectations.
+    assert chi == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("preserve", ["gradient", "signal"])
+@pytest.mark.parametrize("activation", [jnp.tanh, jnp.sin, jax.nn.relu, jax.nn.elu])
+def test_gradients_of_a_deep_network(activation, preserve):
+    """The backward pass of 50 simulated layers: preserved, or expanding with tanh."""
+    init = activation_aware_normal(activation, preserve=preserve)
+    keys = jax.random.split(jax.random.key(0), 50)
+
+    def network(x, key):
+        def layer(x, key):
+            return activation(x @ init(key, (256, 256))), None
+
+        x, _ = jax.lax.scan(layer, x, keys)
+        return x @ jax.random.normal(key, (256,))
+
+    input_gradient = jax.jit(jax.grad(network))
+    # A small input: tanh and sin reach their fixed point at zero only algebraically.
+    inputs = 0.1 * jax.random.normal(jax.random.key(1), (256,))
+    keys_out = jax.random.split(jax.random.key(2), 4)
+    squares = [jnp.mean(input_gradient(inputs, key) ** 2) for key in keys_out]
+    growth = float(np.mean(squares))
+    # The variance of tanh, sin and elu falls to its fixed point as a power of the
+    # depth, and the gradient changes as another. The random factors of relu add up.
+    if preserve == "gradient" or activation is jax.nn.relu:
+        assert 0.05 < growth < 20
+    elif activation is jnp.tanh:
+        assert growth > 100
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jax.nn.gelu,
+        jax.nn.silu,
+        jax.nn.mish,
+        jax.nn.softplus,
+        lambda x: jax.nn.gelu(0.01 * x),
+        jnp.exp,
+        jnp.sinh,
+        lambda x: x**3,
+        lambda x: 0 * x,
+        lambda x: x * jnp.nan,
+    ],
+)
+def test_activations_without_a_point_that_preserves_the_gradient(activation):
+    with pytest.raises(ValueError, match=r"a stable fixed point .* has none"):
+        activation_aware_normal(activation, preserve="gradient")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preserve": "both"}, "'signal' or 'gradient'; got 'both'"),
+        (
+            {"preserve": "gradient", "input_second_moment": 1.0},
+            "input_second_moment must be None",
+        ),
+    ],
+)
+def test_what_preserve_can_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        activation_aware_normal(jnp.tanh, **arguments)
+
+
+def test_a_function_of_numpy_has_no_slope():
+    with pytest.raises(ValueError, match="JAX can differentiate"):
+        activation_aware_normal(np.tanh, preserve="gradient")
+
+
+def test_gelu_has_no_stable_point_by_an_independent_search():
+    """E[f^2] / q rises from zero on, and below E[f'^2]: no other point has chi = 1."""
+    normal = NormalDist()
+
+    def gelu(z):
+        return z * normal.cdf(z)
+
+    def slope(z):
+        return normal.cdf(z) + z * normal.pdf(z)
+
+    scales = np.geomspace(0.05, 20, 12)
+    growth = [expectation(lambda z: gelu(z) ** 2, s) / s**2 for s in scales]
+    chi = [expectation(lambda z: slope(z) ** 2, s) for s in scales]
+    assert np.all(np.diff(growth) > 0)
+    assert np.all(np.array(growth) < np.array(chi))
 
 
 def forward(activation, num_layers=50, width=512, num_inputs=32):
