@@ -9,12 +9,11 @@ from jax.nn.initializers import Initializer, glorot_uniform
 
 from stablegrad_optax._leaves import (
     Leaf,
-    Mask,
     NumStackedAxes,
     PyTree,
-    choose,
+    Selection,
     describe,
-    is_weight_by_default,
+    select_weights,
 )
 
 # What a node may hold beside its weights that multiplies, where a bias adds.
@@ -28,7 +27,7 @@ def initialize_weights(
     key: jax.Array,
     initializer: Initializer = _glorot,
     *,
-    weights: Mask | None = None,
+    weights: Selection | None = None,
     num_stacked_axes: NumStackedAxes | None = None,
     zero_biases: bool = True,
     out_axis: int = -1,
@@ -119,12 +118,12 @@ def initialize_weights(
         )
     values, structure = jax.tree.flatten(params)
     leaves = describe(params, num_stacked_axes)
-    drawn = set(choose(params, leaves, weights, is_weight_by_default))
+    drawn = {leaf.position for leaf in select_weights(weights, params, leaves)}
     if not drawn:
         shapes = ", ".join(f"'{leaf.name}' {leaf.shape}" for leaf in leaves)
         raise ValueError(
             "params must hold a weight: a floating array of at least two axes that is "
-            "not named 'bias', or one that weights chooses; got "
+            "not named 'bias', or one that weights selects; got "
             f"{shapes or 'no array'}."
         )
     parents = {leaves[i].parent for i in drawn}
@@ -158,7 +157,7 @@ def _draw(
     shape = leaf.shape[leaf.num_stacked :]
     if len(shape) < 2:
         raise ValueError(
-            "weights must choose arrays with an input and an output axis; "
+            "weights must select arrays with an input and an output axis; "
             f"'{leaf.name}' has shape {leaf.shape} and {leaf.num_stacked} stacked axes."
         )
     if out_axis == 0:
@@ -176,7 +175,8 @@ def _draw(
     key = jax.random.fold_in(key, np.uint32(leaf.id))
     if not leaf.num_stacked:
         return draw(key)
-    # One after the other, as a linear algebra of many small matrices would be slow.
+    # One after the other: an orthogonal initializer calls LAPACK, which may deadlock
+    # on a CPU when it is batched.
     layers = jax.lax.map(draw, jax.random.split(key, leaf.num_slices))
     return layers.reshape(leaf.shape)
 
