@@ -28,16 +28,16 @@ class Reference:
         """Whether x is a spike; it then enters the statistics."""
         if not np.isfinite(x):
             return True
-        limit = self.mean + self.most * max(
-            np.sqrt(self.variance), abs(self.mean) / 100
-        )
-        if self.count == 0:
-            limit = np.inf
-        is_spike = self.count >= self.warmup and x > limit
+        floor = abs(self.mean) / (1 if self.count < self.warmup else 100)
+        reach = self.most * max(np.sqrt(self.variance), floor)
+        if self.count == 0 or reach == 0:
+            reach = np.inf
+        is_judged = self.count >= min(self.warmup, 10)
+        is_spike = is_judged and x > self.mean + reach
         if x != 0:
             self.count += 1
             weight = (1 - self.decay) / (1 - self.decay**self.count)
-            change = min(x, limit) - self.mean
+            change = np.clip(x, self.mean - reach, self.mean + reach) - self.mean
             self.mean += weight * change
             self.variance = (1 - weight) * (self.variance + weight * change**2)
         return is_spike
