@@ -6,13 +6,15 @@ from stablegrad_optax._autoscaled import (
 )
 from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
-from stablegrad_optax._diagnostics import health, scale_factors
+from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._health import health
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initializers import activation_aware_normal
 from stablegrad_optax._normalize import (
     NormalizeByLeafNormState,
     normalize_by_leaf_norm,
 )
+from stablegrad_optax._norms import layer_norms
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
@@ -46,6 +48,7 @@ __all__ = [
     "gradient_report",
     "gradient_stabilizer",
     "health",
+    "layer_norms",
     "normalize_by_leaf_norm",
     "prediction_grad_std",
     "scale_factors",

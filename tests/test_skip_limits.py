@@ -79,7 +79,9 @@ def test_a_streak_is_counted():
     norms[[20, 21, 22, 40]] = NAN
     states = run(norms)
     assert states.skipped_in_a_row.max() == states.skipped_in_a_row[22] == 3
-    np.testing.assert_array_equal(states.skipped_in_a_row[[19, 23, 40, 41]], [0, 0, 1, 0])
+    np.testing.assert_array_equal(
+        states.skipped_in_a_row[[19, 23, 40, 41]], [0, 0, 1, 0]
+    )
     assert states.num_skipped[-1] == 4
 
 
@@ -111,7 +113,9 @@ def test_max_consecutive_skips_may_be_injected():
         _, state = jax.jit(tx.update)({"k": jnp.full((2, 2), NAN)}, state, PARAMS)
         skipped.append(bool(state.inner_state.last_skipped))
     assert skipped == [True, False, True, False]
-    with pytest.raises(ValueError, match="max_consecutive_skips must be .* at least 1"):
+    with pytest.raises(
+        ValueError, match=r"max_consecutive_skips must be .* at least 1"
+    ):
         skip_spikes(optax.sgd(1.0), max_consecutive_skips=0)
 
 
