@@ -19,8 +19,10 @@ from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
-from stablegrad_optax._report import GradientReport, gradient_report
-from stablegrad_optax._report_measure import History, LeafReport
+from stablegrad_optax._report import gradient_report
+from stablegrad_optax._report_history import History
+from stablegrad_optax._report_measure import LeafReport
+from stablegrad_optax._report_verdict import GradientReport
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
