@@ -13,7 +13,7 @@ from stablegrad_optax._leaves import describe
 def scale_factors(
     opt_state: optax.OptState, params: optax.Params
 ) -> dict[str, float | np.ndarray]:
-    """The factor by which the last update multiplied each leaf.
+    """Reads the factor by which the last update multiplied each leaf.
 
     Reads the states of this package's methods wherever they stand in an optimizer's
     state (chains, ``optax.masked``, ``optax.MultiSteps``, ``nnx.Optimizer`` ...). With
@@ -87,7 +87,7 @@ def scale_factors(
 
 
 def states(opt_state: Any) -> Iterator[Any]:
-    """The states of this package's methods, in their order, wrapped ones too."""
+    """Yields the states of this package's methods in their order, wrapped ones too."""
     for node in jax.tree.leaves(opt_state, is_leaf=_is_own):
         if _is_own(node):
             yield node
@@ -104,7 +104,7 @@ def _is_own(node: object) -> bool:
 
 
 def skips_inside_accumulation(opt_state: Any) -> bool:
-    """Whether ``optax.MultiSteps`` lets a NaN through to ``skip_spikes`` inside it.
+    """Tells whether ``optax.MultiSteps`` keeps a NaN that ``skip_spikes`` would skip.
 
     The state of ``should_skip_update_fn`` is empty where there is no such function.
     """
@@ -121,13 +121,13 @@ def skips_inside_accumulation(opt_state: Any) -> bool:
 
 
 def leaf_ids(state: Any) -> np.ndarray:
-    """The ids u32[slices] of a state, of the first of several steps or members."""
+    """Returns the ids u32[slices] of a state, or of its first step or member."""
     ids = read(state.leaf_ids)
     return ids.reshape(-1, ids.shape[-1])[0] if ids.size else ids.reshape(-1)
 
 
 def one_step(array: np.ndarray) -> np.ndarray:
-    """The vector, or a ``ValueError`` if it has the axis of steps or members."""
+    """Returns the vector, or raises if it has an axis of steps or members."""
     if array.ndim > 1:
         raise ValueError(
             "health reads the state of one step; got states of several steps or "
@@ -137,7 +137,7 @@ def one_step(array: np.ndarray) -> np.ndarray:
 
 
 def read(field: jax.Array) -> np.ndarray:
-    """The values of an array of a state, which nnx puts in a box."""
+    """Returns the values of an array of a state, which nnx puts in a box."""
     (array,) = jax.tree.leaves(field)
     try:
         return np.asarray(array)

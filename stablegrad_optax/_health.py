@@ -25,7 +25,7 @@ from stablegrad_optax._spikes import SkipSpikesState
 def health(
     opt_state: optax.OptState, params: optax.Params | None = None
 ) -> dict[str, float | str]:
-    """What this package's methods did in the last step, as a flat dict for a logger.
+    """Reads what the methods did in the last step, as a flat dict for a logger.
 
     It reads the states that stand in an optimizer's state, a few numbers per leaf, and
     needs no further pass over the gradient. Call it outside ``jit``, on the state that

@@ -100,7 +100,7 @@ def _floating(
 def _matching(
     params: PyTree, leaves: Sequence[_leaves.Leaf]
 ) -> tuple[_leaves.Leaf, ...]:
-    """The parameters that have the paths of these leaves."""
+    """Finds the parameters that have the paths of these leaves."""
     by_path = {leaf.path: leaf for leaf in _leaves.describe(params)}
     for leaf in leaves:
         shape = by_path[leaf.path].shape if leaf.path in by_path else None
@@ -132,7 +132,7 @@ def _key(kind: str, leaf: _leaves.Leaf) -> str:
 
 @partial(jax.jit, static_argnums=1)
 def _histogram(array: jax.Array, num_stacked: int) -> jax.Array:
-    """The number of magnitudes in each bin.
+    """Counts the magnitudes in each bin.
 
     A GPU and a TPU compare each magnitude with all bins within one reduction, because a
     scatter is slow there. A CPU would write the comparisons out.

@@ -70,7 +70,7 @@ def gradient_report(
       num_stacked_axes: How many leading axes of each leaf index separate layers, as for
         :func:`stablegrad`. The report then has a row per layer. Default: none.
       adam_eps: The eps of your Adam. Entries far below it do not move their parameters.
-      muon_eps: The eps of your Muon. It hardly moves matrices whose norm is below.
+      muon_eps: The eps of your Muon. Matrices whose norm is below move less.
       history: :func:`scale_factors` of the first steps, f[steps] or f[steps, slices]
         per leaf, of ``stablegrad`` with a constant reference in the optimizer. Weights
         that it does not speak of are judged by ``grads``.

@@ -19,7 +19,7 @@ Steps = NDArray[np.float64]  # one number for each step
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What the first steps of a training run add to the gradient of one.
+    """Holds what the first steps of a training run add to the gradient of one.
 
     Attributes:
       steps: How many there are.
@@ -33,7 +33,7 @@ class History:
         ends below.
       unbalanced: The weight with the smallest spread at that step.
       nonfinite_steps: At how many steps the gradient was not finite.
-      nonfinite_step: The first of them, None if there is none.
+      nonfinite_step: The first of them, or None.
       nonfinite: The first array that was not finite then.
       is_complete: Whether the history speaks of every weight that has a gradient. If
         not, the ratio of the gradient itself counts as well.
@@ -57,7 +57,7 @@ def read_history(
     leaves: Sequence[Leaf],
     rows: Sequence[LeafReport],
 ) -> History:
-    """Spreads are the reciprocals of ``stablegrad``'s factors, up to one constant.
+    """Reads the spreads of the first steps, which are the reciprocals of the factors.
 
     ``stablegrad`` leaves a gradient of zero as it is: a factor of exactly 1 says
     nothing of the scale. A gradient that is not finite has a factor of 0 or NaN.
@@ -96,7 +96,7 @@ def read_history(
 
 
 class _Series(NamedTuple):
-    """The factors of an array, or of a slice of it, over the steps."""
+    """Holds the factors of an array, or of a slice of it, over the steps."""
 
     name: str
     factors: Steps
@@ -132,7 +132,8 @@ def _series(
         if series and len(array) != len(series[0].factors):
             raise ValueError(
                 "history must hold the same steps of every leaf; got "
-                f"{len(array)} for '{name}' and {len(series[0].factors)} for others."
+                f"{len(array)} for '{name}' and {len(series[0].factors)} for "
+                f"'{series[0].name}'."
             )
         if array.ndim == 1:
             series.append(_Series(name, array, set(names[name])))
@@ -178,7 +179,7 @@ def _last_tenth(spread: Steps) -> float:
 def _unbalanced_since(
     spreads: Mapping[str, Steps], std_ratio: float
 ) -> tuple[int | None, str]:
-    """The step after the last one that was balanced, and the smallest weight there."""
+    """Finds the step after the last balanced one, and the smallest weight there."""
     if not std_ratio > UNBALANCED_RATIO:
         return None, ""
     known = np.array(list(spreads.values()))

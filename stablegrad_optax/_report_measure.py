@@ -1,4 +1,4 @@
-"""Measures a gradient leaf by leaf, slice by slice, on the host and in float64."""
+"""Measures each leaf of a gradient, or each slice, on the host and in float64."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ _STACKED_RATIO = 100  # between the slices of a leaf that looks stacked
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafReport:
-    """The statistics of one leaf of a gradient, or one slice, over its finite entries.
+    """Holds the statistics of the finite entries of one leaf of a gradient, or a slice.
 
     Attributes:
       name: The path of the leaf, "path/to/kernel"; "path/to/kernel[3]" for a slice.
@@ -36,8 +36,8 @@ class LeafReport:
       rms: The root mean square.
       mean_to_std: abs(mean) / std; infinite for a constant leaf, 0 for a zero leaf.
       below_adam_eps: The share of entries with 0 < abs(g) < adam_eps.
-      below_muon_eps: Whether it is a matrix that Muon hardly moves: its norm is below
-        muon_eps, or its squares underflow.
+      below_muon_eps: Whether it is a matrix that Muon moves too little, because its
+        norm is below muon_eps or its squares underflow.
       zero: The share of entries that are exactly zero.
       zero_rows: The share of rows, along the first axis, that are exactly zero.
       nonfinite: The share of entries that are infinite or NaN.
@@ -63,25 +63,25 @@ class LeafReport:
 
     @property
     def is_row_sparse(self) -> bool:
-        """Whether most of many rows are exactly zero, as of an embedding; not all."""
+        """Tells whether most rows of a tall matrix are zero, as in an embedding."""
         is_tall = len(self.shape) == 2 and self.shape[0] >= 2 * self.shape[1]
         return is_tall and _ROW_SPARSE < self.zero_rows < 1
 
     @property
     def is_matrix(self) -> bool:
-        """Whether Muon orthogonalizes it."""
+        """Tells whether Muon orthogonalizes the leaf."""
         return len(self.shape) == 2
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is a weight without any gradient."""
+        """Tells whether the leaf is a weight without any gradient."""
         return self.is_weight and self.zero == 1
 
 
 def weights_with_gradient(rows: Sequence[LeafReport]) -> list[LeafReport]:
-    """The rows that make the ratio between layers: weights, or all if there are none.
+    """Selects the rows that make the ratio between layers: weights, or all without any.
 
-    A gradient of zero, as of a dead branch, is no imbalance.
+    A gradient of zero, as of a dead branch, is not an imbalance.
     """
     counted = [row for row in rows if not row.is_rounding]
     weights = [row for row in counted if row.is_weight]
@@ -114,7 +114,7 @@ def measure(
     adam_eps: float,
     muon_eps: float,
 ) -> list[LeafReport]:
-    """A row for each slice."""
+    """Measures each slice of a leaf."""
     name, shape = leaf.name or "grads", leaf.shape[leaf.num_stacked :]
     return [
         LeafReport(
@@ -174,16 +174,14 @@ def mark_rounding(
 
     A bias adds to what its kernel makes: what the one sums, the other sums times the
     input. It can be smaller by the inputs' scale, not by a rounding error, unless its
-    sum cancels. Layers of a deep network may differ by more, hence only beside
-    a leaf of more axes under the same parent.
+    sum cancels. Layers of a deep network may differ by more, so the kernel must have the
+    same parent and more axes.
     """
     # The largest rms under a parent, by number of axes and of slices: f[slices].
     kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}
     for leaf, leaf_rows in zip(leaves, rows, strict=True):
-        here, key = (
-            kernels.setdefault(leaf.parent, {}),
-            (_num_axes(leaf), len(leaf_rows)),
-        )
+        here = kernels.setdefault(leaf.parent, {})
+        key = _num_axes(leaf), len(leaf_rows)
         rms = np.array([row.rms for row in leaf_rows])
         here[key] = np.maximum(here.get(key, 0.0), rms)
     marked = []
@@ -234,7 +232,7 @@ def looks_stacked(
 
 
 def _differ(array: NDArray[Any]) -> bool:
-    """Whether the largest entries of its slices are far apart, or some have none."""
+    """Tells whether the largest entries of slices differ by far, or some are zero."""
     largest = np.abs(array.reshape(len(array), -1).astype(np.complex128))
     largest = largest.max(axis=1, initial=0)
     some = largest[np.isfinite(largest) & (largest > 0)]

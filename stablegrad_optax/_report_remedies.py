@@ -22,7 +22,7 @@ _LARGE = ("exploding start", "large")
 
 
 class Remedy(NamedTuple):
-    """One thing to try."""
+    """Describes one thing to try."""
 
     name: str
     advice: str  # an imperative, without a full stop
@@ -54,8 +54,8 @@ REMEDIES = (
     ),
     Remedy(
         "scale control",
-        "put stablegrad() before the optimizer, or normalize_by_leaf_norm() before Muon "
-        "or SOAP",
+        "put stablegrad() before the optimizer, or normalize_by_leaf_norm() before "
+        "Muon or SOAP",
         (*_SMALL, *_LARGE),
     ),
 )
@@ -88,7 +88,7 @@ SMALL_EPS = 1e-16
 
 
 def remedies(verdict: str, *, eps_helps: bool = True) -> tuple[Remedy, ...]:
-    """What to try for a verdict, in this order.
+    """Lists what to try for a verdict, in this order.
 
     Args:
       verdict: One of ``VERDICTS``.
@@ -103,7 +103,7 @@ def remedies(verdict: str, *, eps_helps: bool = True) -> tuple[Remedy, ...]:
 
 
 def advice(verdict: str, *, eps_helps: bool = True) -> str:
-    """The remedies of a verdict as sentences."""
+    """Writes the remedies of a verdict as sentences."""
     opening = OPENINGS.get(verdict, "")
     steps = remedies(verdict, eps_helps=eps_helps)
     if not steps:

@@ -12,7 +12,7 @@ _TABLE_ROWS = 20  # a longer table shows its two ends alone
 
 
 def paragraphs(parts: Mapping[str, str]) -> list[str]:
-    """The lines of texts with a title each."""
+    """Wraps texts with a title each."""
     return [
         line
         for title, text in parts.items()
@@ -28,7 +28,7 @@ def evidence(
     zero: float,
     nonfinite: float,
 ) -> str:
-    """What the verdict rests on."""
+    """Names the numbers that the verdict rests on."""
     shares = (
         f"{percent(below_adam_eps)} of entries below Adam's eps, "
         f"{percent(zero)} zero, {percent(nonfinite)} non-finite."
@@ -43,7 +43,7 @@ def evidence(
 
 
 def first_steps(history: History) -> str:
-    """What the first steps say, and at which step and array trouble began."""
+    """Says what the first steps show, and where trouble began."""
     said = []
     if history.nonfinite_step is not None:
         said.append(
@@ -71,7 +71,7 @@ def first_steps(history: History) -> str:
 def notes(
     leaves: Sequence[LeafReport], looks_stacked: Sequence[str], muon_eps: float
 ) -> dict[str, str]:
-    """What a reader should know and what does not decide on the verdict."""
+    """Lists what a reader should know although it does not decide on the verdict."""
     parts = {}
     matrices = [leaf for leaf in leaves if leaf.is_matrix and not leaf.is_rounding]
     below = [leaf.name for leaf in matrices if leaf.below_muon_eps]
@@ -81,8 +81,8 @@ def notes(
     if below:
         parts["Below Muon's eps"] = (
             f"the norm of {len(below)} of {len(matrices)} matrices is below "
-            f"{muon_eps:.0e}, or its squares underflow: {some(below)} Muon hardly moves "
-            "them."
+            f"{muon_eps:.0e}, or its squares underflow: {some(below)} The smaller it "
+            "is, the less Muon moves the matrix."
         )
     if rounding:
         parts["Rounding alone, left out"] = some(rounding)
@@ -102,13 +102,13 @@ def notes(
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names and how many more there are."""
+    """Lists the first names and counts the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}."
 
 
 def table(leaves: Sequence[LeafReport]) -> list[str]:
-    """The lines of the table; of many leaves those at its two ends, by std."""
+    """Returns the lines of the table; a long one shows its two ends, by std."""
     shown, left_out = list(leaves), 0
     if len(leaves) > _TABLE_ROWS:
         shown.sort(key=lambda leaf: (leaf.nonfinite, leaf.std), reverse=True)
@@ -146,7 +146,7 @@ def _row(leaf: LeafReport) -> tuple[str, ...]:
 
 
 def _shorten(text: str, width: int) -> str:
-    """The two ends of a text, of which the last says most."""
+    """Cuts a text in the middle, because its last part says most."""
     if len(text) <= width:
         return text
     head = (width - 3) // 3
@@ -154,7 +154,7 @@ def _shorten(text: str, width: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in whole percents; only nothing reads 0%, and only all of it 100%."""
+    """Formats a share; only an exact 0 reads 0%, and only an exact 1 reads 100%."""
     if 0 < share < 0.01:
         return "<1%"
     return ">99%" if 0.99 < share < 1 else f"{share:.0%}"

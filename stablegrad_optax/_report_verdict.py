@@ -31,7 +31,7 @@ def judge(
     num_dead: int,
     drift: float | None = None,
 ) -> str:
-    """The gravest verdict that fits these statistics of a finite gradient.
+    """Returns the gravest verdict that fits these statistics of a finite gradient.
 
     With the first steps, ``drift`` is theirs and ``std_ratio`` that of their end.
     """
@@ -50,7 +50,7 @@ def judge(
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport:
-    """What :func:`gradient_report` returns; ``print`` it to read it.
+    """Holds what :func:`gradient_report` measured; ``print`` it to read it.
 
     Attributes:
       leaves: The statistics of each leaf or slice, in the order of the tree.
@@ -83,7 +83,7 @@ class GradientReport:
 
     @property
     def min_std(self) -> float:
-        """The smallest spread of a weight above zero; 0 if there is none."""
+        """The smallest spread of a weight above zero, or 0."""
         return self.smallest.spread if self.smallest else 0.0
 
     @property
@@ -98,7 +98,7 @@ class GradientReport:
 
     @property
     def below_muon_eps(self) -> int:
-        """How many matrices Muon hardly moves, because they lie below its eps."""
+        """How many matrices have a norm below the eps of Muon."""
         return sum(leaf.below_muon_eps for leaf in self._counted)
 
     @property
@@ -177,7 +177,7 @@ class GradientReport:
 
     @property
     def remedy(self) -> str:
-        """What to try, in this order: the remedies that cost least come first."""
+        """Lists what to try, in the order of cost."""
         is_below = self.below_adam_eps > 0 or self.below_muon_eps > 0
         eps = max(self.adam_eps, self.muon_eps)
         in_reach = self.max_std > table.EPS_REACH
@@ -193,7 +193,7 @@ class GradientReport:
         )
 
     def to_dict(self) -> dict[str, float | str]:
-        """The report as a flat dict of numbers and strings, for JSON and loggers.
+        """Returns a flat dict of numbers and strings, for JSON and loggers.
 
         Returns:
           ``"path/to/kernel/std"`` and so on for each leaf and statistic; over all of

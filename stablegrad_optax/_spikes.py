@@ -77,8 +77,8 @@ def skip_spikes(
         arguments, ``value`` too.
       max_deviation: k, above 1.
       decay: The decay of the running mean and deviation, in [0, 1).
-      warmup_steps: How many values a statistic must see before it judges by its
-        deviation alone; at least 0.
+      warmup_steps: After how many values a statistic judges by its deviation alone; at
+        least 0.
       max_consecutive_skips: After so many skipped steps in a row the next step is
         taken, **even if it is not finite**, as ``optax.apply_if_finite`` does; at least
         1. Default: no limit, and a step that is not finite never reaches ``inner``.
@@ -176,7 +176,7 @@ def _judge(
     decay: float | jax.Array,
     warmup_steps: int | jax.Array,
 ) -> tuple[jax.Array, SkipSpikesState]:
-    """Whether a value is a spike or not finite, and the state with new statistics."""
+    """Tells whether a value is a spike or not finite, and updates the statistics."""
     m, d, dtype = state.mean, state.deviation, state.mean.dtype
     is_given = jnp.arange(2) < len(watched)
     x = jnp.stack([*watched, jnp.ones((), dtype)][:2])
@@ -203,12 +203,12 @@ def _judge(
     )
     d_new = jnp.minimum(d_new, float(jnp.finfo(dtype).max))
     is_counted = is_given & is_finite & (x != 0)
-    of_step = jnp.where(is_finite, deviations, jnp.inf)
+    last = jnp.where(is_finite, deviations, jnp.inf)
     return is_spike.any(), state._replace(
         mean=jnp.where(is_counted, (1 - w) * m + w * c, m),
         deviation=jnp.where(is_counted, d_new, d),
         num_seen=jnp.where(is_counted, count, state.num_seen),
-        last_deviation=jnp.where(is_given, of_step, -jnp.inf).max(),
+        last_deviation=jnp.where(is_given, last, -jnp.inf).max(),
     )
 
 
@@ -224,7 +224,7 @@ def _count(skipped: jax.Array, state: SkipSpikesState) -> SkipSpikesState:
 def _step_unless(
     skip: jax.Array, step: Any, old: optax.OptState
 ) -> tuple[optax.Updates, optax.OptState]:
-    """The updates and state of ``step()``, or zeros and the old state.
+    """Returns the updates and state of ``step()``, or zeros and the old state.
 
     Outside ``jit`` the choice is Python's: a conditional of XLA on these closures would
     be compiled at every call. Within it, a CPU gets the conditional, and accelerators

@@ -1,4 +1,4 @@
-"""What is read from the states of the methods: factors and health."""
+"""Tests of what is read from the states of the methods: factors and health."""
 
 import jax
 import jax.numpy as jnp

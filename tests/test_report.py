@@ -157,7 +157,8 @@ def test_a_vanishing_network():
     report = gradient_report(taken_apart(poisson_grad(tanh_network(gain=0.3))))
     assert report.verdict == "vanishing"
     assert report.below_adam_eps > 0.9
-    assert "activation_aware_normal" in report.remedy
+    assert report.below_muon_eps == 32 + 1
+    assert "initialize_weights(params, key)" in report.remedy
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -344,10 +345,11 @@ def test_sharded_gradients():
 
 def test_to_dict_is_flat_and_of_floats():
     flat = gradient_report(layers_of(1.0, 1e-5)).to_dict()
+    assert flat.pop("verdict") == "unbalanced between layers"
     assert all(type(value) is float for value in flat.values())
     assert flat["layer_1/kernel/std"] == pytest.approx(1e-5)
     assert flat["std_ratio"] == pytest.approx(1e5)
-    assert len(flat) == 2 * 6 + 6
+    assert len(flat) == 2 * 6 + 7
 
 
 def test_table_is_aligned_and_short():
@@ -585,6 +587,8 @@ def test_bad_arguments():
         jax.jit(lambda g: gradient_report(g).max_std)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"got jax\.ShapeDtypeStruct"):
         gradient_report({"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)})
-    for adam_eps in (-1e-8, float("nan"), "1e-8"):
+    for eps in (-1e-8, float("nan"), "1e-8"):
         with pytest.raises(ValueError, match="adam_eps must be"):
-            gradient_report(jnp.ones(2), adam_eps=adam_eps)
+            gradient_report(jnp.ones(2), adam_eps=eps)
+        with pytest.raises(ValueError, match="muon_eps must be"):
+            gradient_report(jnp.ones(2), muon_eps=eps)

@@ -235,7 +235,7 @@ def test_skipping_around_accumulation_survives_a_nan():
 
 
 def test_health_warns_of_skip_spikes_inside_accumulation():
-    """What the warning speaks of is the case: no further step is taken."""
+    """The warning is true: no further step is taken."""
     kernel, state = accumulate(optax.MultiSteps(skip_spikes(optax.adamw(1e-3)), 4), 40)
     assert kernel == 1.0
     with pytest.warns(UserWarning, match=r"skip_spikes\(optax.MultiSteps"):

@@ -25,7 +25,7 @@ class Reference:
         self.count = 0
 
     def __call__(self, x):
-        """Whether x is a spike; it then enters the statistics."""
+        """Tells whether x is a spike; x then enters the statistics."""
         if not np.isfinite(x):
             return True
         floor = abs(self.mean) / (1 if self.count < self.warmup else 100)
@@ -518,7 +518,7 @@ def test_a_level_that_was_zero_can_be_left():
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one():
-    """With moments, counters and statistics, over a skipped step."""
+    """The moments, counters and statistics survive a skipped step."""
     tx = skip_spikes(optax.adamw(1e-2), warmup_steps=2)
     update = jax.jit(tx.update)
     params = gradients(100)
