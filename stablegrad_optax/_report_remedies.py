@@ -65,7 +65,7 @@ OPENINGS = {
     "large": (
         "A loss of large scale alone would explain it, and Adam does not mind that. "
         "Gradients that explode at initialization look the same: pass the first steps "
-        "as history. If they explode: "
+        "as history. If they explode, "
     ),
     "no trouble seen": (
         "This gradient needs none. That is no promise: compare_optimizers tries the "
@@ -110,6 +110,6 @@ def advice(verdict: str, *, eps_helps: bool = True) -> str:
         return opening
     listed = "; ".join(f"({i}) {step.advice}" for i, step in enumerate(steps, start=1))
     return (
-        f"{opening}Try in this order: {listed}. compare_optimizers compares them on "
+        f"{opening}{'try' if opening else 'Try'} in this order: {listed}. compare_optimizers compares them on "
         "the network itself."
     )

@@ -13,6 +13,7 @@ from stablegrad_optax._report_measure import LeafReport, weights_with_gradient
 _LARGE_STD = 1e3
 _VANISHING_STD = 1e-12
 _MOSTLY = 0.5  # of the non-zero entries, below Adam's eps
+_SOME = 0.1  # of the entries of one leaf: a smaller eps is then worth a try
 _DRIFT = 1e3
 _OF_ONE_SCALE = ("vanishing", "mostly below Adam's eps")
 _ALIKE = 100  # the ratio between layers up to which one scale explains all of them
@@ -178,7 +179,9 @@ class GradientReport:
     @property
     def remedy(self) -> str:
         """Lists what to try, in the order of cost."""
-        is_below = self.below_adam_eps > 0 or self.below_muon_eps > 0
+        is_below = self.below_muon_eps > 0 or any(
+            leaf.below_adam_eps > _SOME for leaf in self._counted
+        )
         eps = max(self.adam_eps, self.muon_eps)
         in_reach = self.max_std > table.EPS_REACH
         eps_helps = is_below and in_reach and eps > table.SMALL_EPS

@@ -1,5 +1,7 @@
 """The advice of a report: one table, its order, and where a smaller eps ends."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,20 @@ def test_a_report_lists_the_remedies_of_its_verdict_in_the_order_of_the_table(ve
     assert places == sorted(places)
     others = set(REMEDIES) - set(remedies(verdict))
     assert not any(remedy.advice in report.remedy for remedy in others)
+
+
+def test_the_page_has_the_table():
+    page = Path(__file__).parents[1] / "docs" / "reading_the_report.md"
+    text = page.read_text().replace("`", "")
+    columns = [verdict for verdict in VERDICTS if remedies(verdict)]
+    assert f"| {' | '.join(columns)} |" in text
+    rows = [
+        f"| {remedy.advice} | "
+        + " | ".join("x" if v in remedy.verdicts else "" for v in columns)
+        + " |"
+        for remedy in REMEDIES
+    ]
+    assert "\n".join(rows) in text
 
 
 def test_every_verdict_has_advice():
