@@ -174,8 +174,8 @@ def mark_rounding(
 
     A bias adds to what its kernel makes: what the one sums, the other sums times the
     input. It can be smaller by the inputs' scale, not by a rounding error, unless its
-    sum cancels. Layers of a deep network may differ by more, so the kernel must have the
-    same parent and more axes.
+    sum cancels. Layers of a deep network may differ by more, so the kernel must have
+    the same parent and more axes.
     """
     # The largest rms under a parent, by number of axes and of slices: f[slices].
     kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}

@@ -109,7 +109,8 @@ def advice(verdict: str, *, eps_helps: bool = True) -> str:
     if not steps:
         return opening
     listed = "; ".join(f"({i}) {step.advice}" for i, step in enumerate(steps, start=1))
+    start = f"{opening}try" if opening else "Try"
     return (
-        f"{opening}{'try' if opening else 'Try'} in this order: {listed}. compare_optimizers compares them on "
-        "the network itself."
+        f"{start} in this order: {listed}. compare_optimizers compares them on the "
+        "network itself."
     )

@@ -1,4 +1,4 @@
-"""What the first steps add to a report: when and where trouble began."""
+"""Tests of what the first steps add to a report: when and where trouble began."""
 
 import json
 
