@@ -6,7 +6,8 @@ from stablegrad_optax._autoscaled import (
 )
 from stablegrad_optax._compare import compare_optimizers, default_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
-from stablegrad_optax._diagnostics import health, scale_factors
+from stablegrad_optax._diagnostics import scale_factors
+from stablegrad_optax._health import health
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
 from stablegrad_optax._initialize_weights import initialize_weights
 from stablegrad_optax._initializers import activation_aware_normal
@@ -14,12 +15,15 @@ from stablegrad_optax._normalize import (
     NormalizeByLeafNormState,
     normalize_by_leaf_norm,
 )
+from stablegrad_optax._norms import layer_norms
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,
 )
-from stablegrad_optax._report import GradientReport, gradient_report
-from stablegrad_optax._report_measure import History, LeafReport
+from stablegrad_optax._report import gradient_report
+from stablegrad_optax._report_history import History
+from stablegrad_optax._report_measure import LeafReport
+from stablegrad_optax._report_verdict import GradientReport
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
@@ -48,6 +52,7 @@ __all__ = [
     "gradient_stabilizer",
     "health",
     "initialize_weights",
+    "layer_norms",
     "normalize_by_leaf_norm",
     "prediction_grad_std",
     "scale_factors",

@@ -1,14 +1,13 @@
-"""Measures a gradient leaf by leaf, slice by slice, on the host and in float64."""
+"""Measures each leaf of a gradient, or each slice, on the host and in float64."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from stablegrad_optax._leaves import Leaf
@@ -24,7 +23,7 @@ _STACKED_RATIO = 100  # between the slices of a leaf that looks stacked
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafReport:
-    """The statistics of one leaf of a gradient, or one slice, over its finite entries.
+    """Holds the statistics of the finite entries of one leaf of a gradient, or a slice.
 
     Attributes:
       name: The path of the leaf, "path/to/kernel"; "path/to/kernel[3]" for a slice.
@@ -37,6 +36,8 @@ class LeafReport:
       rms: The root mean square.
       mean_to_std: abs(mean) / std; infinite for a constant leaf, 0 for a zero leaf.
       below_adam_eps: The share of entries with 0 < abs(g) < adam_eps.
+      below_muon_eps: Whether it is a matrix that Muon moves too little, because its
+        norm is below muon_eps or its squares underflow.
       zero: The share of entries that are exactly zero.
       zero_rows: The share of rows, along the first axis, that are exactly zero.
       nonfinite: The share of entries that are infinite or NaN.
@@ -50,6 +51,7 @@ class LeafReport:
     rms: float
     mean_to_std: float
     below_adam_eps: float
+    below_muon_eps: bool
     zero: float
     zero_rows: float
     nonfinite: float
@@ -61,32 +63,29 @@ class LeafReport:
 
     @property
     def is_row_sparse(self) -> bool:
-        """Whether most of many rows are exactly zero, as of an embedding; not all."""
+        """Tells whether most rows of a tall matrix are zero, as in an embedding."""
         is_tall = len(self.shape) == 2 and self.shape[0] >= 2 * self.shape[1]
         return is_tall and _ROW_SPARSE < self.zero_rows < 1
 
     @property
+    def is_matrix(self) -> bool:
+        """Tells whether Muon orthogonalizes the leaf."""
+        return len(self.shape) == 2
+
+    @property
     def is_dead(self) -> bool:
-        """Whether it is a weight without any gradient."""
+        """Tells whether the leaf is a weight without any gradient."""
         return self.is_weight and self.zero == 1
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
-    """What the first steps of a training run add to the gradient of one.
+def weights_with_gradient(rows: Sequence[LeafReport]) -> list[LeafReport]:
+    """Selects the rows that make the ratio between layers: weights, or all without any.
 
-    Attributes:
-      steps: How many there are.
-      drift: The largest factor by which a weight's spread fell from its maximum over
-        the steps to the last tenth of them (the median there).
-      drifted: The name of that weight.
-      std_ratio: The largest over the smallest spread of a weight in that last tenth.
+    A gradient of zero, as of a dead branch, is not an imbalance.
     """
-
-    steps: int
-    drift: float
-    drifted: str
-    std_ratio: float
+    counted = [row for row in rows if not row.is_rounding]
+    weights = [row for row in counted if row.is_weight]
+    return [row for row in weights or counted if row.spread > 0]
 
 
 def is_floating(leaf: Any) -> bool:
@@ -108,9 +107,14 @@ def fetch(leaves: list[Any]) -> list[NDArray[Any]]:
 
 
 def measure(
-    leaf: Leaf, array: NDArray[Any], adam_eps: float, is_weight: bool
+    leaf: Leaf,
+    array: NDArray[Any],
+    is_weight: bool,
+    *,
+    adam_eps: float,
+    muon_eps: float,
 ) -> list[LeafReport]:
-    """A row for each slice."""
+    """Measures each slice of a leaf."""
     name, shape = leaf.name or "grads", leaf.shape[leaf.num_stacked :]
     return [
         LeafReport(
@@ -118,13 +122,15 @@ def measure(
             shape=shape,
             is_weight=is_weight,
             is_rounding=False,
-            **_statistics(array[index], adam_eps),
+            **_statistics(array[index], adam_eps, muon_eps),
         )
         for index in np.ndindex(leaf.stack)
     ]
 
 
-def _statistics(array: NDArray[Any], adam_eps: float) -> dict[str, float]:
+def _statistics(
+    array: NDArray[Any], adam_eps: float, muon_eps: float
+) -> dict[str, Any]:
     wide = np.complex128 if np.iscomplexobj(array) else np.float64
     values = array.reshape(-1).astype(wide)
     finite = np.isfinite(values)
@@ -143,11 +149,16 @@ def _statistics(array: NDArray[Any], adam_eps: float) -> dict[str, float]:
     zero_rows = 0.0
     if array.ndim == 2 and zero and array.size:
         zero_rows = float(np.mean(~np.any(array != 0, axis=1)))
+    rms = unit * math.hypot(std, offset)
+    # The square root of the smallest normal number: squares below it underflow.
+    underflow = float(jnp.finfo(array.dtype).smallest_normal) ** 0.5
+    is_small = rms * math.sqrt(count) < muon_eps or rms < underflow
     return {
         "std": unit * std,
-        "rms": unit * math.hypot(std, offset),
+        "rms": rms,
         "mean_to_std": offset / std if std else math.inf if offset else 0.0,
         "below_adam_eps": below / size,
+        "below_muon_eps": array.ndim == 2 and rms > 0 and is_small,
         "zero": zero / size,
         "zero_rows": zero_rows,
         "nonfinite": (array.size - values.size) / size,
@@ -163,20 +174,21 @@ def mark_rounding(
 
     A bias adds to what its kernel makes: what the one sums, the other sums times the
     input. It can be smaller by the inputs' scale, not by a rounding error, unless its
-    sum cancels. Layers of a deep network may differ by more, hence only beside
-    a leaf of more axes under the same parent.
+    sum cancels. Layers of a deep network may differ by more, so the kernel must have
+    the same parent and more axes.
     """
     # The largest rms under a parent, by number of axes and of slices: f[slices].
     kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}
-    for leaf, of_leaf in zip(leaves, rows, strict=True):
-        here, key = kernels.setdefault(leaf.parent, {}), (_num_axes(leaf), len(of_leaf))
-        rms = np.array([row.rms for row in of_leaf])
+    for leaf, leaf_rows in zip(leaves, rows, strict=True):
+        here = kernels.setdefault(leaf.parent, {})
+        key = _num_axes(leaf), len(leaf_rows)
+        rms = np.array([row.rms for row in leaf_rows])
         here[key] = np.maximum(here.get(key, 0.0), rms)
     marked = []
-    for leaf, of_leaf, array in zip(leaves, rows, arrays, strict=True):
-        limit = np.zeros(len(of_leaf))
+    for leaf, leaf_rows, array in zip(leaves, rows, arrays, strict=True):
+        limit = np.zeros(len(leaf_rows))
         for (axes, num_slices), rms in kernels[leaf.parent].items():
-            if axes > _num_axes(leaf) and num_slices in (1, len(of_leaf)):
+            if axes > _num_axes(leaf) and num_slices in (1, len(leaf_rows)):
                 limit = np.maximum(limit, rms)
         epsilons = _ROUNDING * float(jnp.finfo(array.dtype).eps)
         limit *= min(epsilons, _ROUNDING_AT_MOST)
@@ -185,7 +197,7 @@ def mark_rounding(
                 dataclasses.replace(row, is_rounding=True)
                 if 0 < row.rms < most
                 else row
-                for row, most in zip(of_leaf, limit, strict=True)
+                for row, most in zip(leaf_rows, limit, strict=True)
             ]
         )
     return marked
@@ -220,69 +232,10 @@ def looks_stacked(
 
 
 def _differ(array: NDArray[Any]) -> bool:
-    """Whether the largest entries of its slices are far apart, or some have none."""
+    """Tells whether the largest entries of slices differ by far, or some are zero."""
     largest = np.abs(array.reshape(len(array), -1).astype(np.complex128))
     largest = largest.max(axis=1, initial=0)
     some = largest[np.isfinite(largest) & (largest > 0)]
     if not some.size:
         return False
     return bool(some.max() > _STACKED_RATIO * some.min() or np.any(largest == 0))
-
-
-def read_history(
-    history: Mapping[str, ArrayLike],
-    leaves: Sequence[Leaf],
-    rows: Sequence[list[LeafReport]],
-) -> History:
-    """Spreads are the reciprocals of ``stablegrad``'s factors, up to one constant.
-
-    A factor of exactly 1 is what ``stablegrad`` leaves a gradient of zero: such a step
-    says nothing of the scale.
-    """
-    history = {name or "grads": factors for name, factors in history.items()}
-    names = {leaf.name or "grads" for leaf in leaves}
-    unknown = [name for name in history if name not in names]
-    if unknown or not history:
-        raise ValueError(
-            "history must be scale_factors of a scan's states, named as the leaves of "
-            f"grads; got {', '.join(map(repr, unknown)) or 'no leaf'}."
-        )
-    counted = {
-        leaf.name or "grads"
-        for leaf, of_leaf in zip(leaves, rows, strict=True)
-        if any(row.is_weight and row.spread > 0 for row in of_leaf)
-    }
-    spreads: dict[str, NDArray[np.float64]] = {}
-    num_steps = 0
-    for name, factors in history.items():
-        array = np.asarray(factors, np.float64)
-        if array.ndim not in (1, 2) or len(array) < 2:
-            raise ValueError(
-                "history must hold f[steps] or f[steps, slices], of two steps at "
-                f"least; got shape {array.shape} for '{name}'."
-            )
-        if num_steps and len(array) != num_steps:
-            raise ValueError(
-                "history must hold the same steps of every leaf; got "
-                f"{len(array)} for '{name}' and {num_steps} for others."
-            )
-        num_steps = len(array)
-        if name not in counted:
-            continue
-        for i, of_slice in enumerate(array.reshape(num_steps, -1).T):
-            fine = of_slice[np.isfinite(of_slice) & (of_slice > 0) & (of_slice != 1)]
-            if fine.size:
-                key = name if array.ndim == 1 else f"{name}[{i}]"
-                spreads[key] = 1 / fine
-    last = {
-        name: float(np.median(spread[-max(len(spread) // 10, 1) :]))
-        for name, spread in spreads.items()
-    }
-    drifts = {name: float(spreads[name].max()) / last[name] for name in spreads}
-    drifted = max(drifts, key=lambda name: drifts[name], default="")
-    return History(
-        num_steps,
-        drifts.get(drifted, math.nan),
-        drifted,
-        max(last.values()) / min(last.values()) if last else math.nan,
-    )

@@ -1,122 +1,114 @@
-"""How a gradient report is printed: the verdict, its evidence, a remedy, a table."""
+"""The form in which a report is printed: paragraphs and a table of 80 columns."""
 
+import math
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-if TYPE_CHECKING:
-    from stablegrad_optax._report import GradientReport
-    from stablegrad_optax._report_measure import LeafReport
-
-_CHEAP = "optax.clip_by_global_norm(1.0), Adam with b2=0.9"
-REMEDIES = {
-    "no trouble seen": (
-        "This gradient asks for none. That is no promise: compare_optimizers tries the "
-        "remedies on the network itself."
-    ),
-    "large": (
-        "A loss of large scale alone would explain it, and Adam does not mind that. An "
-        "exploding start looks the same: hand over the first steps as history. Cheap "
-        f"to try: {_CHEAP}; then stablegrad() before it. compare_optimizers tries all."
-    ),
-    "exploding start": (
-        f"Cheap, try first: {_CHEAP}. Where these fail: stablegrad() before Adam with "
-        "b2=0.9 or before optax.contrib.muon. compare_optimizers tries all."
-    ),
-    "vanishing": (
-        "Initialize at a larger scale: activation_aware_normal, or Glorot. Clipping "
-        "cannot help, it only shrinks; stablegrad() before the optimizer can, or "
-        "gradient_stabilizer(0, 0, eps=0), before optax.contrib.muon most. "
-        "compare_optimizers tries them."
-    ),
-    "unbalanced between layers": (
-        "Cheap, try first: a Glorot initializer or activation_aware_normal, Adam with "
-        "b2=0.9. Where these fail: stablegrad() before the optimizer, with b2=0.9. "
-        "Clipping shrinks all layers alike. compare_optimizers tries all."
-    ),
-    "mostly below Adam's eps": (
-        "Cheap, try first: Adam with eps=1e-16, or b2=0.9. Where these fail: "
-        "stablegrad() before the optimizer. Clipping cannot help, it only shrinks."
-    ),
-    "dead weights": (
-        "Weights without any gradient: no scaling moves them. Find out whether that is "
-        "meant, a frozen part say, or whether rectifiers are never active."
-    ),
-    "non-finite": (
-        "Find its cause in the loss or the model, or lower the learning rate; no "
-        "transformation repairs such a gradient. optax.apply_if_finite skips the step."
-    ),
-}
+from stablegrad_optax._report_history import History
+from stablegrad_optax._report_measure import LeafReport
 
 _WIDTH = 80
 _TABLE_ROWS = 20  # a longer table shows its two ends alone
-_ALIKE = 100  # the ratio between layers up to which one scale explains all of them
 
 
-def render(report: "GradientReport") -> str:
-    """The report as text of at most 80 columns."""
-    lines = [f"Gradients: {report.verdict} ({len(report.leaves)} leaves)."]
-    parts = {"Evidence": _evidence(report), **_notes(report), "Remedy": report.remedy}
-    for title, text in parts.items():
-        lines += textwrap.wrap(f"{title}: {text}", _WIDTH, subsequent_indent="  ")
-    return "\n".join([*lines, "", *_table(report.leaves)])
+def paragraphs(parts: Mapping[str, str]) -> list[str]:
+    """Wraps texts with a title each."""
+    return [
+        line
+        for title, text in parts.items()
+        for line in textwrap.wrap(f"{title}: {text}", _WIDTH, subsequent_indent="  ")
+    ]
 
 
-def _evidence(report: "GradientReport") -> str:
+def evidence(
+    smallest: LeafReport | None,
+    largest: LeafReport | None,
+    *,
+    below_adam_eps: float,
+    zero: float,
+    nonfinite: float,
+) -> str:
+    """Names the numbers that the verdict rests on."""
     shares = (
-        f"{_percent(report.below_adam_eps)} of entries below Adam's eps, "
-        f"{_percent(report.zero)} zero, {_percent(report.nonfinite)} non-finite."
+        f"{percent(below_adam_eps)} of entries below Adam's eps, "
+        f"{percent(zero)} zero, {percent(nonfinite)} non-finite."
     )
-    smallest, largest = report.smallest, report.largest
     if smallest is None or largest is None:
         return f"no weight has a gradient; {shares}"
-    text = (
+    return (
         f"std of weight gradients {smallest.spread:.1e} ({smallest.name}) to "
-        f"{largest.spread:.1e} ({largest.name}), max/min {report.std_ratio:.1e}; "
-        f"{shares}"
+        f"{largest.spread:.1e} ({largest.name}), max/min "
+        f"{largest.spread / smallest.spread:.1e}; {shares}"
     )
-    if (
-        report.verdict in ("vanishing", "mostly below Adam's eps")
-        and report.std_ratio < _ALIKE
-    ):
-        text += " All layers are alike: the scale of the loss alone would explain it."
-    return text
 
 
-def _notes(report: "GradientReport") -> dict[str, str]:
-    """What does not decide on the verdict, and what the first steps say."""
-    notes = {}
-    if history := report.history:
-        notes[f"First {history.steps} steps"] = (
-            f"{history.drifted or 'no weight'} fell by {history.drift:.1e} from its "
-            f"largest to the last; max/min between layers {history.std_ratio:.1e} then."
+def first_steps(history: History) -> str:
+    """Says what the first steps show, and where trouble began."""
+    said = []
+    if history.nonfinite_step is not None:
+        said.append(
+            f"the gradient was not finite at {history.nonfinite_steps} of them, first "
+            f"at step {history.nonfinite_step} in {history.nonfinite}."
         )
-    rounding = [leaf.name for leaf in report.leaves if leaf.is_rounding]
-    sparse = [leaf.name for leaf in report.leaves if leaf.is_row_sparse]
-    dead = [leaf.name for leaf in report.leaves if leaf.is_dead]
+    if history.drifted:
+        said.append(
+            f"{history.drifted} fell by {history.drift:.1e} from its largest (step "
+            f"{history.drift_step}) to the last; max/min between layers "
+            f"{history.std_ratio:.1e} then."
+        )
+    else:
+        said.append("they say nothing of the scale of the weights.")
+    if history.unbalanced_step is not None:
+        said.append(
+            f"The ratio stayed above 1e+03 from step {history.unbalanced_step} on, "
+            f"with {history.unbalanced} the smallest."
+        )
+    if not history.is_complete:
+        said.append("Some weights have no factors, so the gradient itself counts too.")
+    return " ".join(said)
+
+
+def notes(
+    leaves: Sequence[LeafReport], looks_stacked: Sequence[str], muon_eps: float
+) -> dict[str, str]:
+    """Lists what a reader should know although it does not decide on the verdict."""
+    parts = {}
+    matrices = [leaf for leaf in leaves if leaf.is_matrix and not leaf.is_rounding]
+    below = [leaf.name for leaf in matrices if leaf.below_muon_eps]
+    rounding = [leaf.name for leaf in leaves if leaf.is_rounding]
+    sparse = [leaf.name for leaf in leaves if leaf.is_row_sparse]
+    dead = [leaf.name for leaf in leaves if leaf.is_dead]
+    if below:
+        parts["Below Muon's eps"] = (
+            f"the norm of {len(below)} of {len(matrices)} matrices is below "
+            f"{muon_eps:.0e}, or its squares underflow: {some(below)} The smaller it "
+            "is, the less Muon moves the matrix."
+        )
     if rounding:
-        notes["Rounding alone, left out"] = _some(rounding)
+        parts["Rounding alone, left out"] = some(rounding)
     if dead:
-        notes["No gradient"] = _some(dead)
+        parts["No gradient"] = some(dead)
     if sparse:
-        notes["Most rows zero"] = (
-            f"{_some(sparse)} An embedding? stablegrad would make the touched rows too "
+        parts["Most rows zero"] = (
+            f"{some(sparse)} An embedding? stablegrad would make the touched rows too "
             "large: leave it out with mask."
         )
-    if report.looks_stacked:
-        notes["Looks stacked"] = (
-            f"{_some(report.looks_stacked)} If the first axis counts layers or "
-            "members, give num_stacked_axes: a row for each."
+    if looks_stacked:
+        parts["Looks stacked"] = (
+            f"{some(looks_stacked)} If the first axis counts layers or members, give "
+            "num_stacked_axes: a row for each."
         )
-    return notes
+    return parts
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Lists the first names and counts the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}."
 
 
-def _table(leaves: Sequence["LeafReport"]) -> list[str]:
+def table(leaves: Sequence[LeafReport]) -> list[str]:
+    """Returns the lines of the table; a long one shows its two ends, by std."""
     shown, left_out = list(leaves), 0
     if len(leaves) > _TABLE_ROWS:
         shown.sort(key=lambda leaf: (leaf.nonfinite, leaf.std), reverse=True)
@@ -142,26 +134,27 @@ def _table(leaves: Sequence["LeafReport"]) -> list[str]:
     return lines
 
 
-def _row(leaf: "LeafReport") -> tuple[str, ...]:
+def _row(leaf: LeafReport) -> tuple[str, ...]:
     return (
         leaf.name,
         _shorten(", ".join(map(str, leaf.shape)), 18),
         f"{leaf.std:.1e}",
-        f"{leaf.mean_to_std:.2g}",
-        *map(_percent, (leaf.below_adam_eps, leaf.zero, leaf.nonfinite)),
+        # The std of a single element is zero by definition.
+        f"{leaf.mean_to_std:.2g}" if math.prod(leaf.shape) > 1 else "-",
+        *map(percent, (leaf.below_adam_eps, leaf.zero, leaf.nonfinite)),
     )
 
 
 def _shorten(text: str, width: int) -> str:
-    """Its two ends, of which the last says most."""
+    """Cuts a text in the middle, because its last part says most."""
     if len(text) <= width:
         return text
     head = (width - 3) // 3
     return f"{text[:head]}...{text[head + 3 - width :]}"
 
 
-def _percent(share: float) -> str:
-    """Whole percents; what is not nothing never reads 0%, nor what is not all 100%."""
+def percent(share: float) -> str:
+    """Formats a share; only an exact 0 reads 0%, and only an exact 1 reads 100%."""
     if 0 < share < 0.01:
         return "<1%"
     return ">99%" if 0.99 < share < 1 else f"{share:.0%}"

@@ -1,4 +1,4 @@
-"""skip_spikes: a step that stands out from those before it is not taken."""
+"""skip_spikes: does not take a step whose gradient or loss is an outlier."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -12,9 +12,13 @@ from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number, require_scalar, with_extra_args
 from stablegrad_optax._numerics import divide, mean_weights, widest_statistics_dtype
 
-# A deviation is taken as at least this share of the mean: training without noise would
-# have none, and each rise would be a spike.
+# The deviation is taken as at least this share of the mean. Training without noise has
+# no deviation, and every rise would be a spike. During the warm-up the mean itself is
+# the floor, because the deviation of a few values says little.
 DEVIATION_FLOOR = 0.01
+WARMUP_DEVIATION_FLOOR = 1.0
+# The warm-up judges no value before it has seen this many.
+FIRST_JUDGED = 10
 
 
 class SkipSpikesState(NamedTuple):
@@ -23,13 +27,14 @@ class SkipSpikesState(NamedTuple):
     Floats are float32, or float64 where the tree holds double precision leaves.
     """
 
-    inner_state: optax.OptState  # of the last step that was taken
+    inner_state: optax.OptState  # as the last step that was taken left it
     mean: jax.Array  # f[2], running means, bias-corrected
-    deviation: jax.Array  # f[2], running standard deviations about them
-    num_seen: jax.Array  # i32[2], how many values they have seen
-    num_skipped: jax.Array  # i32[], how many steps were not taken, in all
+    deviation: jax.Array  # f[2], running standard deviations about the means
+    num_seen: jax.Array  # i32[2], how many values the statistics have seen
+    num_skipped: jax.Array  # i32[], how many steps were skipped in all
+    skipped_in_a_row: jax.Array  # i32[], how many were skipped since the last one taken
     last_deviation: jax.Array  # f[], of the last step, in deviations; inf: not finite
-    last_skipped: jax.Array  # bool[], whether it was not taken
+    last_skipped: jax.Array  # bool[], whether the last step was skipped
 
 
 def skip_spikes(
@@ -38,94 +43,78 @@ def skip_spikes(
     *,
     decay: float | jax.Array = 0.99,
     warmup_steps: int | jax.Array = 100,
+    max_consecutive_skips: int | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Does not take a step whose gradient or loss stands out from those before it.
+    r"""Skips a step whose gradient norm or loss is not finite or is an outlier.
 
-    With x the norm of the whole gradient, m its running mean and d the running standard
-    deviation about it, a step is skipped where
-
-    .. math::
-
-        x > m + k\, \max(d,\ |m| / 100), \qquad k = \text{max\_deviation},
-
-    or where x is not finite. The same is asked of the loss where ``update`` is given
-    one, ``update(grads, state, params, value=loss)``. A skipped step has updates of
-    zero and leaves every state of ``inner`` bit for bit as it was: neither Adam's
-    moments nor its step count, nor a schedule, know of it.
-
-    The statistics are fed with :math:`\min(x,\ m + k \max(d, |m|/100))`, skipped or
-    not, with weight :math:`1 - \text{decay}` and corrected for their start at zero:
+    With x the norm of the whole gradient, m its running mean and d its running standard
+    deviation, a step is skipped where x is not finite or
 
     .. math::
 
-        d^2 \leftarrow (1 - w)\,(d^2 + w\,(x - m)^2), \quad m \leftarrow m + w\,(x - m)
+        x > m + k\,s, \qquad s = \max(d,\ |m| / 100), \qquad k = \text{max\_deviation}.
 
-    So one spike changes them little, however large; a level that stays is followed,
-    since the deviation grows by a sixth at each step at the limit; and values that are
-    not finite, or exactly zero, do not enter them.
+    The loss is judged in the same way where ``update`` gets one:
+    ``update(grads, state, params, value=loss)``. A skipped step returns updates of zero
+    and leaves every state of ``inner`` bit for bit as it was. The **first**
+    ``warmup_steps`` **values** are judged by :math:`s = \max(d, |m|)`, from the tenth
+    on; clip the gradient as well (see the example) to bound the first ten. The
+    statistics see a limited value c, whether the step is skipped or not:
 
-    All of this is **ours**: no paper is behind it. Several training code bases skip
-    steps by the mean and deviation of a window of losses or norms; six deviations is
-    what OLMo-core's ``SkipStepAdamW`` has as its default.
+    .. math::
 
-    **When to use it**: a batch now and then whose gradient is harmful as such, such as
-    corrupt data, and overflows of low precision. **When not**: where a large gradient
-    is right but for its length, for a clip still takes its direction; with few steps
-    in all, for none is judged before ``warmup_steps`` values were seen; and after a
-    *rise* that lasts it waits, some 20 to 100 steps by its height, before it trusts it.
+        c = \min(\max(x,\ m - k s),\ m + k s), \quad
+        d^2 \leftarrow (1 - w)\,(d^2 + w\,(c - m)^2), \quad
+        m \leftarrow (1 - w)\, m + w\, c
 
-    It costs one read of the gradient. On accelerators nothing is branched on and no
-    state is written twice: what the optimizer writes is chosen within its own loops. On
-    a CPU a conditional is cheaper.
+    with :math:`w = 1 - \text{decay}`, corrected for the start at zero. A value of any
+    size and sign thus changes them little, a new level is followed after some steps,
+    and values that are not finite or exactly zero do not enter. The rule is **ours**;
+    it follows the skipping of steps in OLMo-core.
 
     Args:
-      inner: The optimizer, or any transformation; what ``update`` is given beside
-        gradients, state and parameters, ``value`` too, is handed on to it.
+      inner: The optimizer, or any transformation. Its ``update`` gets all extra
+        arguments, ``value`` too.
       max_deviation: k, above 1.
-      decay: Of the running mean and deviation, in [0, 1).
-      warmup_steps: How many values a statistic must have seen before it may call a
-        value a spike; at least 0. What is not finite is skipped from the first.
+      decay: The decay of the running mean and deviation, in [0, 1).
+      warmup_steps: After how many values a statistic judges by its deviation alone; at
+        least 0.
+      max_consecutive_skips: After so many skipped steps in a row the next step is
+        taken, **even if it is not finite**, as ``optax.apply_if_finite`` does; at least
+        1. Default: no limit, and a step that is not finite never reaches ``inner``.
 
     Returns:
-      A ``GradientTransformationExtraArgs`` with state :class:`SkipSpikesState`, whose
-      ``update`` takes the loss, a real scalar, as ``value``. :func:`health` reads
-      how many steps were skipped. With data parallelism hand it averaged gradients and
-      losses: then every process decides alike.
+      A ``GradientTransformationExtraArgs`` with state :class:`SkipSpikesState`. Read it
+      with :func:`health`. With data parallelism give it averaged gradients and losses;
+      every process then decides alike.
 
     Raises:
-      ValueError: At construction for a number outside its range or an ``inner`` that is
-        no transformation; in ``update`` for a ``value`` that is no real scalar.
+      ValueError: At construction for a number outside its range, or if ``inner`` is not
+        a transformation; in ``update`` if ``value`` is not a real scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from stablegrad_optax import skip_spikes
       >>> params = {"kernel": jnp.ones((2, 2))}
-      >>> tx = skip_spikes(optax.adamw(1e-3), warmup_steps=3)
+      >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+      >>> tx = skip_spikes(optimizer, warmup_steps=3)
       >>> state = tx.init(params)
       >>> update = jax.jit(tx.update)
       >>> for size in 1.0, 1.1, 0.9, 1e4, float("nan"), 1.0:
       ...     grads = jax.tree.map(lambda p: p * size, params)
-      ...     updates, state = update(grads, state, params)
-      ...     print(bool(state.last_skipped), f"{state.last_deviation:.3g}")
+      ...     updates, state = update(grads, state, params, value=jnp.float32(0.5))
+      ...     print(bool(state.last_skipped), state.skipped_in_a_row)
       False 0
-      False 10
-      False -4.34
-      True 1.51e+05
-      True inf
-      False -0.479
-      >>> print(state.num_skipped, optax.tree.get(state, "mu")["kernel"][0, 0] > 1)
-      2 False
+      False 0
+      False 0
+      True 1
+      True 2
+      False 0
 
-      With the loss, where the larger of the two deviations counts:
-
-      >>> updates, state = update(grads, state, params, value=jnp.float32("nan"))
-      >>> print(state.num_skipped)
-      3
-
-      Around accumulation it judges each part and drops it, inside it the mean of all:
+      Accumulate gradients inside of it. ``MultiSteps(skip_spikes(...))`` would keep a
+      NaN of one micro-batch in its accumulator and skip every later step:
 
       >>> tx = skip_spikes(optax.MultiSteps(optax.adamw(1e-3), 4))
-      >>> tx = optax.MultiSteps(skip_spikes(optax.adamw(1e-3)), 4)
 
     References:
       AI2, `OLMo-core <https://github.com/allenai/OLMo-core>`_, ``SkipStepOptimizer``
@@ -133,6 +122,8 @@ def skip_spikes(
     require_number("max_deviation", max_deviation, above=1)
     require_number("decay", decay, at_least=0, below=1)
     require_number("warmup_steps", warmup_steps, at_least=0)
+    if max_consecutive_skips is not None:
+        require_number("max_consecutive_skips", max_consecutive_skips, at_least=1)
     wrapped = with_extra_args("inner", inner)
 
     def init_fn(params: optax.Params) -> SkipSpikesState:
@@ -143,6 +134,7 @@ def skip_spikes(
             deviation=jnp.zeros(2, dtype),
             num_seen=jnp.zeros(2, jnp.int32),
             num_skipped=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
             last_deviation=jnp.zeros((), dtype),
             last_skipped=jnp.zeros((), bool),
         )
@@ -160,27 +152,19 @@ def skip_spikes(
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
         watched = [_statistics.global_norm(norms.astype(dtype))]
         if value is not None:
-            # A number may be NaN or below 0, unlike other arguments.
+            # A Python number may be NaN or negative here, unlike other arguments.
             loss = jnp.asarray(value) if isinstance(value, numbers.Real) else value
             watched.append(require_scalar("value", loss).astype(dtype))
             extra_args["value"] = value
-        judged = _judge(watched, state, max_deviation, decay, warmup_steps)
-        skip = judged.last_skipped
+        is_spike, state = _judge(watched, state, max_deviation, decay, warmup_steps)
+        if max_consecutive_skips is not None:
+            is_spike &= state.skipped_in_a_row < jnp.asarray(max_consecutive_skips)
 
         def step() -> tuple[optax.Updates, optax.OptState]:
             return wrapped.update(updates, state.inner_state, params, **extra_args)
 
-        def stay() -> tuple[optax.Updates, optax.OptState]:
-            shapes, _ = jax.eval_shape(step)
-            return jax.tree.map(jnp.zeros_like, shapes), state.inner_state
-
-        updates, inner_state = lax.platform_dependent(
-            cpu=lambda: lax.cond(
-                skip, lambda: _varying(skip, stay()), lambda: _varying(skip, step())
-            ),
-            default=lambda: _step_unless(skip, *step(), state.inner_state),
-        )
-        return updates, judged._replace(inner_state=inner_state)
+        updates, inner_state = _step_unless(is_spike, step, state.inner_state)
+        return updates, _count(is_spike, state)._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -191,57 +175,96 @@ def _judge(
     max_deviation: float | jax.Array,
     decay: float | jax.Array,
     warmup_steps: int | jax.Array,
-) -> SkipSpikesState:
-    """The state with new statistics, and whether the step is to be skipped."""
-    dtype = state.mean.dtype
+) -> tuple[jax.Array, SkipSpikesState]:
+    """Tells whether a value is a spike or not finite, and updates the statistics."""
+    m, d, dtype = state.mean, state.deviation, state.mean.dtype
     is_given = jnp.arange(2) < len(watched)
     x = jnp.stack([*watched, jnp.ones((), dtype)][:2])
     is_finite = jnp.isfinite(x)
     x = jnp.where(is_finite, x, 0)
 
-    spread = jnp.maximum(state.deviation, DEVIATION_FLOOR * jnp.abs(state.mean))
-    has_spread = (state.num_seen > 0) & (spread > 0)
-    deviations = divide(x - state.mean, jnp.where(has_spread, spread, 1))
-    deviations = jnp.where(has_spread, deviations, 0)
-    most = jnp.asarray(max_deviation, dtype)
-    is_judged = state.num_seen.astype(dtype) >= jnp.asarray(warmup_steps, dtype)
-    is_spike = is_judged & (deviations > most)
-    skipped = (is_given & (is_spike | ~is_finite)).any()
+    k, warmup = jnp.asarray(max_deviation, dtype), jnp.asarray(warmup_steps, dtype)
+    seen = state.num_seen.astype(dtype)
+    floor = jnp.where(seen < warmup, WARMUP_DEVIATION_FLOOR, DEVIATION_FLOOR)
+    s = jnp.maximum(d, floor.astype(dtype) * jnp.abs(m))
+    has_scale = (seen > 0) & (s > 0)
+    deviations = jnp.where(has_scale, divide(x - m, jnp.where(has_scale, s, 1)), 0)
+    is_judged = seen >= jnp.minimum(warmup, FIRST_JUDGED)
+    is_spike = is_given & (is_judged & (deviations > k) | ~is_finite)
 
+    # All of this stays finite for every finite x: a mean of two finite values is, and
+    # half their difference is. `k * s` may be infinite, which limits nothing.
     count = optax.safe_increment(state.num_seen)
-    _, weight = mean_weights(decay, count, dtype)
-    change = jnp.where(has_spread, jnp.minimum(deviations, most) * spread, x)
-    rest = 1 - weight
-    both = jnp.stack([state.deviation, jnp.abs(change)])
-    deviation = _statistics.pooled(both, jnp.stack([rest, rest * weight]))
+    _, w = mean_weights(decay, count, dtype)
+    c = jnp.where(has_scale, jnp.clip(x, m - k * s, m + k * s), x)
+    half_change = jnp.abs(c / 2 - m / 2)
+    d_new = _statistics.pooled(
+        jnp.stack([d, half_change]), jnp.stack([1 - w, 4 * (1 - w) * w])
+    )
+    d_new = jnp.minimum(d_new, float(jnp.finfo(dtype).max))
     is_counted = is_given & is_finite & (x != 0)
-    return state._replace(
-        mean=jnp.where(is_counted, state.mean + weight * change, state.mean),
-        deviation=jnp.where(is_counted, deviation, state.deviation),
+    last = jnp.where(is_finite, deviations, jnp.inf)
+    return is_spike.any(), state._replace(
+        mean=jnp.where(is_counted, (1 - w) * m + w * c, m),
+        deviation=jnp.where(is_counted, d_new, d),
         num_seen=jnp.where(is_counted, count, state.num_seen),
-        num_skipped=jnp.where(
-            skipped, optax.safe_increment(state.num_skipped), state.num_skipped
-        ),
-        last_deviation=jnp.where(
-            is_given, jnp.where(is_finite, deviations, jnp.inf), -jnp.inf
-        ).max(),
+        last_deviation=jnp.where(is_given, last, -jnp.inf).max(),
+    )
+
+
+def _count(skipped: jax.Array, state: SkipSpikesState) -> SkipSpikesState:
+    total, in_a_row = state.num_skipped, state.skipped_in_a_row
+    return state._replace(
+        num_skipped=jnp.where(skipped, optax.safe_increment(total), total),
+        skipped_in_a_row=jnp.where(skipped, optax.safe_increment(in_a_row), 0),
         last_skipped=skipped,
     )
 
 
-def _varying(skip: jax.Array, tree: Any) -> Any:
-    """As it is, but in `shard_map` over the axes too that `skip` varies over.
+def _step_unless(
+    skip: jax.Array, step: Any, old: optax.OptState
+) -> tuple[optax.Updates, optax.OptState]:
+    """Returns the updates and state of ``step()``, or zeros and the old state.
 
-    Both branches of a conditional must vary over the same ones.
+    Outside ``jit`` the choice is Python's: a conditional of XLA on these closures would
+    be compiled at every call. Within it, a CPU gets the conditional, and accelerators
+    choose each entry within the optimizer's own loops.
+    """
+
+    def stay() -> tuple[optax.Updates, optax.OptState]:
+        # The dtypes are those of a step: moments that start in bfloat16 are float32
+        # after the first float32 gradient.
+        shapes, new = jax.eval_shape(step)
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
+        return zeros, jax.tree.map(_cast_like, old, new)
+
+    def conditional() -> tuple[optax.Updates, optax.OptState]:
+        return lax.cond(
+            skip, lambda: _varying(skip, stay()), lambda: _varying(skip, step())
+        )
+
+    def select() -> tuple[optax.Updates, optax.OptState]:
+        updates, new = step()
+        return (
+            jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates),
+            jax.tree.map(
+                lambda new, old: jnp.where(skip, _cast_like(old, new), new), new, old
+            ),
+        )
+
+    if isinstance(skip, jax.core.Tracer):
+        return lax.platform_dependent(cpu=conditional, default=select)
+    return stay() if skip else step()
+
+
+def _cast_like(array: jax.Array, like: Any) -> jax.Array:
+    has_dtype = getattr(array, "dtype", like.dtype) == like.dtype
+    return array if has_dtype else array.astype(like.dtype)
+
+
+def _varying(skip: jax.Array, tree: Any) -> Any:
+    """Marks ``tree`` as device-varying wherever ``skip`` is.
+
+    Both branches of ``lax.cond`` must agree on it under ``shard_map``.
     """
     return jax.tree.map(lambda leaf: jnp.where(skip, leaf, leaf), tree)
-
-
-def _step_unless(
-    skip: jax.Array, updates: Any, new: Any, old: Any
-) -> tuple[optax.Updates, optax.OptState]:
-    """A choice for each entry, which XLA fuses into the loops that make it."""
-    return (
-        jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates),
-        jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old),
-    )

@@ -376,6 +376,7 @@ OLD_ARGUMENTS = (
     "gradient_stabilizer",
     "gradient_autoscaled_normalization",
     "clip_by_history",
+    "gradient_report",
 )
 
 MASK = {

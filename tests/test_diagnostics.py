@@ -1,4 +1,4 @@
-"""What is read from the states of the methods: factors and health."""
+"""Tests of what is read from the states of the methods: factors and health."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from stablegrad_optax import (
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     health,
+    normalize_by_leaf_norm,
     scale_factors,
     skip_spikes,
     stablegrad,
@@ -72,6 +73,8 @@ def test_a_group_of_biases_beside_another_in_partition():
 def test_health_has_the_factor_of_every_leaf(method):
     state = updated(optax.chain(method(), optax.adam(1e-3)), GRADS)
     flat, factors = health(state, GRADS), scale_factors(state, GRADS)
+    smallest = flat.pop("smallest_scale_factor")
+    assert smallest == min(factors, key=factors.get)
     assert all(type(value) is float for value in flat.values())
     for name, factor in factors.items():
         assert flat[f"scale_factor/{name}"] == factor
@@ -129,7 +132,8 @@ def test_health_of_clip_by_history():
     assert health(state)["limited_leaves"] == 0
     updates, state = tx.update(larger(100), state)
     flat = health(state, GRADS)
-    assert flat["limited_leaves"] == 1
+    assert (flat["limited_leaves"], flat["num_leaves"]) == (1, 3)
+    assert flat["smallest_scale_factor"] == "stack/kernel"
     before, after = norms(larger(100)), norms(updates)
     for name, factor in scale_factors(state, GRADS).items():
         assert flat[f"scale_factor/{name}"] == factor
@@ -142,8 +146,8 @@ def test_slices_of_a_limited_leaf_count_once():
     tx = clip_by_history(warmup_steps=0, num_stacked_axes=stacked)
     _, state = tx.update(GRADS, tx.init(GRADS))
     _, state = tx.update(jax.tree.map(lambda x: 9 * x, GRADS), state)
-    assert health(state)["limited_leaves"] == 3
-    assert state.is_limited.sum() == 5
+    assert health(state)["limited_leaves"] == health(state)["num_leaves"] == 3
+    assert (state.scale_factors < 1).sum() == 5
 
 
 def test_health_of_skip_spikes_and_of_what_it_wraps():
@@ -155,7 +159,8 @@ def test_health_of_skip_spikes_and_of_what_it_wraps():
     for count, by in enumerate([1e6, jnp.nan], start=1):
         _, state = tx.update(larger(by), state)
         flat = health(state, GRADS)
-        assert flat["skipped_steps"] == count
+        assert flat["skipped_steps"] == flat["skipped_in_a_row"] == count
+        assert flat["last_skipped"] == 1
         assert flat["last_deviation"] > 6
         assert flat["nonfinite_leaves"] == flat["limited_leaves"] == 0
         assert scale_factors(state, GRADS) == taken  # of the step that was taken
@@ -163,7 +168,22 @@ def test_health_of_skip_spikes_and_of_what_it_wraps():
     assert flat["scale_factor/dense/kernel"] == 0.25
     assert flat["reference_std"] == 1.0
     alone = skip_spikes(optax.adam(1e-3)).init(GRADS)
-    assert health(alone) == {"skipped_steps": 0, "last_deviation": 0}
+    assert health(alone) == {
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "last_skipped": 0,
+        "last_deviation": 0,
+    }
+
+
+def test_a_step_that_is_taken_ends_the_streak():
+    tx = skip_spikes(stablegrad())
+    _, state = tx.update(larger(jnp.nan), tx.init(GRADS))
+    assert health(state)["last_skipped"] == 1
+    _, state = tx.update(GRADS, state)
+    flat = health(state)
+    assert (flat["last_skipped"], flat["skipped_in_a_row"]) == (0, 0)
+    assert flat["skipped_steps"] == 1
 
 
 def test_health_of_an_nnx_optimizer():
@@ -175,18 +195,45 @@ def test_health_of_an_nnx_optimizer():
     assert flat["scale_factor/kernel"] == flat["scale_factor/bias"] > 0
 
 
-def test_health_wants_one_step_outside_jit():
-    state = updated(stablegrad(), GRADS)
-    several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    with pytest.raises(ValueError, match="reads the state of one step"):
-        health(several, GRADS)
+EVERY_METHOD = {
+    "stablegrad": stablegrad,
+    "gradient_stabilizer": gradient_stabilizer,
+    "gradient_autoscaled_normalization": gradient_autoscaled_normalization,
+    "normalize_by_leaf_norm": normalize_by_leaf_norm,
+    "clip_by_history": clip_by_history,
+    "skip_spikes": lambda: skip_spikes(optax.sgd(1.0)),
+    "skip_spikes around stablegrad": lambda: skip_spikes(stablegrad()),
+}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_states_of_several_steps_or_members_raise(name, num_steps):
+    state = updated(EVERY_METHOD[name](), GRADS)
+    several = jax.tree.map(lambda x: jnp.stack([x] * num_steps), state)
+    for params in (None, GRADS):
+        with pytest.raises(ValueError, match="reads the state of one step"):
+            health(several, params)
+    last = jax.tree.map(lambda x: x[-1], several)
+    assert health(last, GRADS) == health(state, GRADS)
+
+
+def test_health_wants_values_of_this_package():
     with pytest.raises(ValueError, match="outside jit"):
-        jax.jit(health)(state)
+        jax.jit(health)(updated(stablegrad(), GRADS))
     with pytest.raises(ValueError, match="holds no state of this package's methods"):
         health(optax.adam(1e-3).init(GRADS))
-    assert np.isfinite(
-        list(health(jax.tree.map(lambda x: x[-1], several)).values())
-    ).all()
+
+
+def test_leaves_called_min_or_max_do_not_collide():
+    grads = {"min": 4 * jnp.eye(2), "max": 8 * jnp.eye(2), "other": jnp.eye(2)}
+    flat = health(updated(stablegrad(), grads), grads)
+    # The standard deviation of c * eye(2) is c / 2.
+    assert flat["scale_factor/['min']"] == pytest.approx(0.5)
+    assert flat["scale_factor/['max']"] == pytest.approx(0.25)
+    assert flat["scale_factor/min"] == pytest.approx(0.25)
+    assert flat["scale_factor/max"] == pytest.approx(2)
+    assert flat["smallest_scale_factor"] == "max"
 
 
 def test_counts_are_added_and_levels_are_not():

@@ -157,7 +157,8 @@ def test_a_vanishing_network():
     report = gradient_report(taken_apart(poisson_grad(tanh_network(gain=0.3))))
     assert report.verdict == "vanishing"
     assert report.below_adam_eps > 0.9
-    assert "activation_aware_normal" in report.remedy
+    assert report.below_muon_eps == 32 + 1
+    assert "initialize_weights(params, key)" in report.remedy
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -344,10 +345,11 @@ def test_sharded_gradients():
 
 def test_to_dict_is_flat_and_of_floats():
     flat = gradient_report(layers_of(1.0, 1e-5)).to_dict()
+    assert flat.pop("verdict") == "unbalanced between layers"
     assert all(type(value) is float for value in flat.values())
     assert flat["layer_1/kernel/std"] == pytest.approx(1e-5)
     assert flat["std_ratio"] == pytest.approx(1e5)
-    assert len(flat) == 2 * 6 + 6
+    assert len(flat) == 2 * 6 + 7
 
 
 def test_table_is_aligned_and_short():
@@ -410,9 +412,9 @@ def test_rounding_is_named_and_counts_nowhere():
     assert report.std_ratio < 30
     assert report.below_adam_eps < 0.01
     assert "Rounding alone, left out: key/bias." in str(report)
-    # Also where a mask makes a weight of it.
+    # Also where weights= makes a weight of it.
     everything = gradient_report(
-        grads, mask=lambda tree: jax.tree.map(lambda _: True, tree)
+        grads, weights=lambda tree: jax.tree.map(lambda _: True, tree)
     )
     assert everything.smallest.name != "key/bias"
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
@@ -474,14 +476,14 @@ def test_a_dead_member_is_seen():
     assert report.std_ratio == 1
 
 
-def test_a_mask_chooses_the_weights():
+def test_weights_selects_the_weights():
     grads = layers_of(1.0, 1e-5)
-    mask = {"layer_0": True, "layer_1": False}
-    report = gradient_report(grads, mask=mask)
+    weights = {"layer_0": True, "layer_1": False}
+    report = gradient_report(grads, weights=weights)
     assert report.verdict == "no trouble seen"
     assert [leaf.is_weight for leaf in report.leaves] == [True, False]
-    with pytest.raises(ValueError, match="mask must be a pytree prefix"):
-        gradient_report(grads, mask={"layer_0": True})
+    with pytest.raises(ValueError, match="weights must be a pytree prefix"):
+        gradient_report(grads, weights={"layer_0": True})
     with pytest.raises(ValueError, match="num_stacked_axes of leaf"):
         gradient_report(grads, num_stacked_axes=3)
 
@@ -585,6 +587,8 @@ def test_bad_arguments():
         jax.jit(lambda g: gradient_report(g).max_std)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"got jax\.ShapeDtypeStruct"):
         gradient_report({"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)})
-    for adam_eps in (-1e-8, float("nan"), "1e-8"):
+    for eps in (-1e-8, float("nan"), "1e-8"):
         with pytest.raises(ValueError, match="adam_eps must be"):
-            gradient_report(jnp.ones(2), adam_eps=adam_eps)
+            gradient_report(jnp.ones(2), adam_eps=eps)
+        with pytest.raises(ValueError, match="muon_eps must be"):
+            gradient_report(jnp.ones(2), muon_eps=eps)

@@ -25,19 +25,19 @@ class Reference:
         self.count = 0
 
     def __call__(self, x):
-        """Whether x is a spike; it then enters the statistics."""
+        """Tells whether x is a spike; x then enters the statistics."""
         if not np.isfinite(x):
             return True
-        limit = self.mean + self.most * max(
-            np.sqrt(self.variance), abs(self.mean) / 100
-        )
-        if self.count == 0:
-            limit = np.inf
-        is_spike = self.count >= self.warmup and x > limit
+        floor = abs(self.mean) / (1 if self.count < self.warmup else 100)
+        reach = self.most * max(np.sqrt(self.variance), floor)
+        if self.count == 0 or reach == 0:
+            reach = np.inf
+        is_judged = self.count >= min(self.warmup, 10)
+        is_spike = is_judged and x > self.mean + reach
         if x != 0:
             self.count += 1
             weight = (1 - self.decay) / (1 - self.decay**self.count)
-            change = min(x, limit) - self.mean
+            change = np.clip(x, self.mean - reach, self.mean + reach) - self.mean
             self.mean += weight * change
             self.variance = (1 - weight) * (self.variance + weight * change**2)
         return is_spike
@@ -518,7 +518,7 @@ def test_a_level_that_was_zero_can_be_left():
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one():
-    """With moments, counters and statistics, over a skipped step."""
+    """The moments, counters and statistics survive a skipped step."""
     tx = skip_spikes(optax.adamw(1e-2), warmup_steps=2)
     update = jax.jit(tx.update)
     params = gradients(100)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stablegrad_optax._comparison import rank_test
-from stablegrad_optax._report import judge
+from stablegrad_optax._report_verdict import judge
 
 Record = dict[str, Any]
 
