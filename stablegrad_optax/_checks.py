@@ -65,12 +65,14 @@ def require_count(name: str, value: Any) -> None:
 
 
 def with_extra_args(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation, whose ``update`` takes any further arguments.
+    """The transformation, whose ``update`` accepts any extra arguments.
 
-    ``optax.MultiSteps`` takes them, and is of no type of optax that says so.
+    The inner ``update`` receives those that its signature names, or all of them if it
+    has ``**kwargs``, as in ``optax.chain``. ``optax.MultiSteps`` accepts all of them
+    without being a ``GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: If it is no transformation.
+      ValueError: If ``tx`` is not a transformation.
     """
     init, update = getattr(tx, "init", None), getattr(tx, "update", None)
     if not callable(init) or not callable(update):
@@ -78,7 +80,17 @@ def with_extra_args(name: str, tx: Any) -> optax.GradientTransformationExtraArgs
             f"{name} must be an optax.GradientTransformation, such as "
             f"optax.adam(1e-3); got {tx!r}."
         )
-    parameters = inspect.signature(update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return optax.GradientTransformationExtraArgs(init, update)
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        named = {key: x for key, x in extra_args.items() if key in parameters}
+        return update(updates, state, params, **named)
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)
