@@ -165,7 +165,9 @@ def compare_optimizers(
         while trainers:
             trainer = trainers.pop(0)
             seeds = num_tuning_seeds, num_seeds
-            results.append(_tune_and_train(trainer, rates[trainer.name], seeds, report, tick))
+            results.append(
+                _tune_and_train(trainer, rates[trainer.name], seeds, report, tick)
+            )
     except KeyboardInterrupt:
         if not results:
             raise

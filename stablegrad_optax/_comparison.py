@@ -131,7 +131,7 @@ class Comparison:
 
     def __str__(self) -> str:
         header = ("optimizer", "", "rate", "median", "lowest", "highest", "failed")
-        rows = [(*header, "ms/step"), *map(_row, self.runs)]
+        rows = [(*header, "ms"), *map(_row, self.runs)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join(
@@ -160,13 +160,14 @@ class Comparison:
         best, num_seeds = self.best, len(self.best.scores)
         if best.num_failed == num_seeds:
             return (
-                f"Every run failed, with each of {len(self.runs)} optimizers. Try lower "
-                "learning rates, and check that the loss can be trained."
+                "Every run of every optimizer failed. Try lower learning rates, and "
+                "check that the loss can be trained."
             )
         if len(self.runs) == 1:
             return f"{best.name} was trained on {num_seeds} seeds."
         if num_seeds < fewest_seeds(len(self.runs)):
-            return f"{best.name} has the lowest median. {few_seeds(len(self.runs), num_seeds)}"
+            too_few = few_seeds(len(self.runs), num_seeds)
+            return f"{best.name} has the lowest median. {too_few}"
         if len(self.level) == 1:
             return (
                 f"{best.name} did best. {num_seeds} seeds distinguish it from every "
@@ -218,10 +219,10 @@ class Comparison:
         if added:
             rates = ", ".join(f"{runs.added_rate:.2g} ({runs.name})" for runs in added)
             notes += _wrap(
-                "The best of the given rates was at an end of the list, so one more was "
-                f"tried: {rates}."
+                "The best of the given rates was at an end of their list, so that one "
+                f"more was tried: {rates}."
             )
-        return notes
+        return [*notes, "ms  milliseconds per step and run, without compilation"]
 
 
 def few_seeds(num_optimizers: int, num_seeds: int) -> str:

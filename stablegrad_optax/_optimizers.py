@@ -161,7 +161,7 @@ def next_rate(rates: Sequence[float], chosen: int) -> float | None:
 
 def _in_float32(rate: float) -> float | None:
     info = np.finfo(np.float32)
-    return rate if info.tiny <= rate <= info.max else None
+    return rate if float(info.tiny) <= rate <= float(info.max) else None
 
 
 def _default_rates(name: str) -> list[float]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stablegrad_optax._checks import with_extra_args
 from stablegrad_optax._optimizers import Chain, Factory
-from stablegrad_optax._trials import Problem, Programs, PyTree, pad
+from stablegrad_optax._trials import Programs, PyTree, pad
 
 Scores = NDArray[np.float64]
 Run = tuple[float, int]  # a learning rate and a seed

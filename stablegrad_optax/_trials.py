@@ -44,20 +44,7 @@ class Problem:
     def params(self, key: jax.Array) -> PyTree:
         """Returns initial parameters, which must be floating arrays."""
         params = self.init(key)
-        if not jax.tree.leaves(params):
-            raise ValueError("init must return a pytree with arrays; got no leaves.")
-        for path, leaf in jax.tree.leaves_with_path(params):
-            dtype = getattr(leaf, "dtype", type(leaf))
-            try:
-                is_floating = bool(jnp.issubdtype(dtype, jnp.inexact))
-            except TypeError:  # the type of a function, for example
-                is_floating = False
-            if not is_floating:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"init must return floating arrays alone; got {dtype} for leaf "
-                    f"'{name}'. Let loss_fn close over everything else."
-                )
+        _require_floating(params)
         return jax.tree.map(jnp.asarray, params)
 
     def final_score(self, params: PyTree, key: jax.Array, data: PyTree) -> jax.Array:
@@ -81,6 +68,8 @@ class Problem:
             while isinstance(function, jax.stages.Wrapped):
                 function = function.__wrapped__  # type: ignore[attr-defined]
             result = function(first)
+            if name == "init":
+                _require_floating(result)
             leaf = _first_difference(result, function(first))
             if leaf is not None:
                 raise ValueError(
@@ -202,24 +191,35 @@ def pad(values: list[Any], length: int) -> list[Any]:
     return values + values[-1:] * (length - len(values))
 
 
+def _require_floating(params: PyTree) -> None:
+    if not jax.tree.leaves(params):
+        raise ValueError("init must return a pytree with arrays; got no leaves.")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        try:
+            is_floating = bool(jnp.issubdtype(dtype, jnp.inexact))
+        except TypeError:  # the type of a function, for example
+            is_floating = False
+        if not is_floating:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"init must return floating arrays alone; got {dtype} for leaf "
+                f"'{name}'. Let loss_fn close over everything else."
+            )
+
+
 def _all(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1).all(axis=1)
 
 
 def _first_difference(first: PyTree, second: PyTree) -> str | None:
     """Returns the name of the first leaf that differs by more than rounding."""
-    pairs = zip(
-        jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True
-    )
+    pairs = zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True)
     for (path, a), b in pairs:
         if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
-        a, b = np.asarray(a), np.asarray(b)
-        kind = complex if np.iscomplexobj(a) else np.float64
-        same_shape = a.shape == b.shape
-        if not same_shape or not np.allclose(
-            a.astype(kind), b.astype(kind), rtol=1e-5, atol=1e-30, equal_nan=True
-        ):
+        a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))
+        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-5, equal_nan=True):
             return jax.tree_util.keystr(path, simple=True, separator="/")
     return None
 
