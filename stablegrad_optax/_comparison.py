@@ -192,20 +192,16 @@ class Comparison:
     def _open_question(self) -> str:
         if not self.undecided:
             return ""
-        needed = max(
-            seeds_to_decide(self.best.scores, self[name].scores, len(self.runs))
-            for name in self.undecided
-        )
-        number = (
-            f"about {needed} seeds"
-            if needed <= _MOST_SEEDS
-            else f"more than {_MOST_SEEDS} seeds"
-        )
-        worse = "is worse" if len(self.undecided) == 1 else "are worse"
+        needed = ", ".join(f"{name} ({self._needed(name)})" for name in self.undecided)
         return (
-            f"These {len(self.best.scores)} seeds do not decide whether "
-            f"{_join(self.undecided)} {worse} than {self.best.name}; {number} might."
+            f"These {len(self.best.scores)} seeds do not decide whether a simpler "
+            f"optimizer is worse. About so many might: {needed}."
         )
+
+    def _needed(self, name: str) -> str:
+        scores = self.best.scores, self[name].scores
+        number = seeds_to_decide(*scores, len(self.runs))
+        return f"{number}" if number <= _MOST_SEEDS else f"more than {_MOST_SEEDS}"
 
     def _notes(self) -> list[str]:
         notes = []
@@ -215,12 +211,12 @@ class Comparison:
             notes.append(
                 "*  the smallest or largest rate that was tried; try further ones"
             )
-        added = [runs for runs in self.runs if runs.added_rate is not None]
+        added = {runs.added_rate for runs in self.runs} - {None}
         if added:
-            rates = ", ".join(f"{runs.added_rate:.2g} ({runs.name})" for runs in added)
+            rates = ", ".join(f"{rate:.2g}" for rate in sorted(filter(None, added)))
             notes += _wrap(
-                "The best of the given rates was at an end of their list, so that one "
-                f"more was tried: {rates}."
+                "Where the best of the given rates was at an end of the list, one more "
+                f"was tried: {rates}."
             )
         return [*notes, "ms  milliseconds per step and run, without compilation"]
 
@@ -268,10 +264,6 @@ def _row(runs: OptimizerRuns) -> tuple[str, ...]:
         f"{runs.num_failed}/{len(runs.scores)}",
         f"{runs.ms_per_step:.2g}",
     )
-
-
-def _join(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _wrap(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import re
 import sys
 import warnings
 import weakref
@@ -178,7 +179,9 @@ def test_update_is_given_what_line_searches_ask_for():
             optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
         )
 
-    result = trial({"line search": search, "Polyak": lambda rate: optax.polyak_sgd(rate(0))})
+    result = trial(
+        {"line search": search, "Polyak": lambda rate: optax.polyak_sgd(rate(0))}
+    )
     assert all(runs.num_failed == 0 for runs in result.runs)
 
 
@@ -313,7 +316,7 @@ def test_a_printout_fits_80_columns():
     ]
     text = str(compare(arms))
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "clip before...f a long name" in text
+    assert "clip before... a long name" in text
     assert "*  the smallest or largest rate" in text
     default = [runs_of(name, range(8)) for name in default_optimizers()]
     text = str(compare(default))
@@ -344,7 +347,8 @@ def test_lack_of_power_is_not_equality():
     result = compare([runs_of("AdamW", wide), runs_of("clip + AdamW", narrow)])
     assert result.best.name == result.recommended.name == "clip + AdamW"
     assert result.undecided == ("AdamW",)
-    assert "8 seeds do not decide whether AdamW is worse than clip" in words(result)
+    assert "8 seeds do not decide whether a simpler optimizer is worse" in words(result)
+    assert re.search(r"might: AdamW \(\d+\)", words(result))
 
 
 def test_an_optimizer_that_fails_more_often_is_not_recommended():
@@ -446,7 +450,7 @@ def test_one_more_rate_is_tried_and_reported():
     assert result.best.learning_rates == (1e-3, 1e-2, 0.1)
     assert result.best.added_rate == result.best.learning_rate == 0.1
     assert result.best.tuning.shape == (3, 3)
-    assert "one more was tried: 0.1 (SGD)" in words(result)
+    assert "one more was tried: 0.1." in words(result)
 
 
 # The schedule, the compilation, the interruption.

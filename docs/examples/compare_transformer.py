@@ -62,16 +62,15 @@ def loss_fn(params, tokens):
 
 
 def run(**settings) -> Comparison:
-    """The trial; ``settings`` replace those of the page."""
-    of_page = {
-        "learning_rates": (1e-3, 3e-3, 1e-2, 3e-2),
+    """Compares the default optimizers; ``settings`` replace the defaults."""
+    defaults = {
         "steps": 150,
         "num_seeds": 7,
         "num_tuning_seeds": 2,
         "parallel": 8,
         "key": jax.random.key(0),
     }
-    return compare_optimizers(loss_fn, init, sample, **(of_page | settings))
+    return compare_optimizers(loss_fn, init, sample, **(defaults | settings))
 
 
 if __name__ == "__main__":
