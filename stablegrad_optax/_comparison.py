@@ -53,7 +53,7 @@ class OptimizerRuns:
 
     @property
     def rate_at_edge(self) -> bool:
-        """Whether the best rate may lie beyond those that were tried."""
+        """True if the best rate may lie beyond those that were tried."""
         ends = self.learning_rates[0], self.learning_rates[-1]
         return len(self.learning_rates) > 1 and self.learning_rate in ends
 

@@ -114,7 +114,7 @@ def complexity(name: str) -> tuple[Any, ...]:
     """Returns a sort key that is smaller for simpler optimizers.
 
     It compares the optimizer first, then the number and the kinds of the
-    transformations before it, then whether an argument differs from its default.
+    transformations in front, then whether an argument differs from its default.
     """
     *transformations, optimizer = (_base_name(part) for part in name.split(" + "))
     return (

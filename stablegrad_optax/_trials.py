@@ -165,11 +165,11 @@ class Programs:
             finite = jax.tree.map(lambda x: np.isfinite(np.asarray(x)), grads)
             all_losses.append(np.asarray(losses)[: len(part)])
             all_grads.append([_all(x)[: len(part)] for x in jax.tree.leaves(finite)])
-        losses = np.concatenate(all_losses)
-        if not np.any(np.isfinite(losses)):
+        initial = np.concatenate(all_losses)
+        if not np.any(np.isfinite(initial)):
             raise ValueError(
                 "loss_fn must be finite at the parameters that init gives; got "
-                f"{losses[0]} on each of {len(losses)} seeds."
+                f"{initial[0]} on each of {len(initial)} seeds."
             )
         by_leaf = [np.concatenate(x) for x in zip(*all_grads, strict=True)]
         if not np.any(np.all(np.stack(by_leaf), axis=0)):
@@ -178,7 +178,7 @@ class Programs:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise ValueError(
                 "The gradient of loss_fn must be finite at the parameters that init "
-                f"gives; it is not on any of {len(losses)} seeds, in leaf "
+                f"gives; it is not on any of {len(initial)} seeds, in leaf "
                 f"{', '.join(map(repr, bad[:3]))}{more}."
             )
 
@@ -209,7 +209,7 @@ def _require_floating(params: PyTree) -> None:
 
 
 def _all(array: np.ndarray) -> np.ndarray:
-    return array.reshape(len(array), -1).all(axis=1)
+    return np.asarray(array.reshape(len(array), -1).all(axis=1))
 
 
 def _first_difference(first: PyTree, second: PyTree) -> str | None:

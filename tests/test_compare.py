@@ -391,7 +391,7 @@ def table(result):
 
 
 def test_so_many_seeds_do_decide():
-    """With the estimated number, the test finds the difference four times in five."""
+    """The test finds the difference four times in five with the estimated number."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(0, 1, 4000), rng.normal(1, 1, 4000)
     num = seeds_to_decide(first, second, 2)
@@ -675,7 +675,7 @@ def test_too_few_seeds_are_reported_before_training():
 # What users bring along.
 
 
-def of_linen():
+def linen():
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(1)])
 
     def init(key):
@@ -684,7 +684,7 @@ def of_linen():
     return init, lambda params, x: model.apply({"params": params}, x)
 
 
-def of_equinox():
+def equinox():
     def make(key):
         return eqx.nn.MLP(3, 1, 8, 1, jnp.tanh, key=key)
 
@@ -696,7 +696,7 @@ def of_equinox():
     return init, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
 
-def of_nnx():
+def flax_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.hidden = nnx.Linear(3, 8, rngs=rngs)
@@ -715,7 +715,7 @@ def of_nnx():
 
 
 @pytest.mark.parametrize(
-    "library", [of_linen, of_equinox, pytest.param(of_nnx, marks=pytest.mark.slow)]
+    "library", [linen, equinox, pytest.param(flax_nnx, marks=pytest.mark.slow)]
 )
 def test_recipes(library):
     init, predict = library()
@@ -736,7 +736,7 @@ def test_muon_leaves_kernels_of_more_axes_to_adam_by_default():
     """And orthogonalizes them where it is told how."""
     kernel = jax.random.normal(KEY, (3, 3, 2, 4))
 
-    def of_cnn(params):
+    def kernels_as_matrices(params):
         def numbers(leaf):
             axes = tuple(range(leaf.ndim - 1))
             return optax.contrib.MuonDimensionNumbers(axes, leaf.ndim - 1)
@@ -749,7 +749,7 @@ def test_muon_leaves_kernels_of_more_axes_to_adam_by_default():
         return np.linalg.svd(update["w"].reshape(-1, 4), compute_uv=False)
 
     plain = singular_values(default_optimizers())
-    told = singular_values(default_optimizers(of_cnn))
+    told = singular_values(default_optimizers(kernels_as_matrices))
     assert told.max() / told.min() < 1.8  # five steps of Newton and Schulz: 0.7 to 1.2
     assert plain.max() / plain.min() > 1.8
 

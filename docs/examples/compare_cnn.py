@@ -1,4 +1,4 @@
-"""Which optimizer trains an nnx CNN without normalization on scikit-learn's digits."""
+"""Compares optimizers of an nnx CNN without normalization on scikit-learn's digits."""
 
 import itertools
 
@@ -74,7 +74,7 @@ def score(params):
 
 
 def kernels_as_matrices(params):
-    """For Muon, which would leave kernels (height, width, in, out) to Adam."""
+    """Says which axes of kernels (height, width, in, out) Muon orthogonalizes."""
 
     def numbers(leaf):
         if leaf.ndim < 2:

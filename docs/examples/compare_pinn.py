@@ -1,4 +1,4 @@
-"""Which optimizer trains an Equinox PINN: u'' = f, u = 0 at both ends, depth 12."""
+"""Compares optimizers of an Equinox PINN: u'' = f, u = 0 at both ends, depth 12."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""Which optimizer trains a Flax transformer: the next of 16 tokens, of a noisy rule."""
+"""Compares optimizers of a Flax transformer that predicts the next token."""
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ model = Transformer()
 
 
 def sample(key):
-    """Each token is the sum of the two before it, but for one of ten."""
+    """Draws sequences in which nine of ten tokens are the sum of the last two."""
     first, noise, wrong = jax.random.split(key, 3)
 
     def token(before, draw):
