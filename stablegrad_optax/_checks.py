@@ -65,7 +65,7 @@ def require_count(name: str, value: Any) -> None:
 
 
 def with_extra_args(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation, whose ``update`` accepts any extra arguments.
+    """Returns the transformation with an ``update`` that accepts any extra arguments.
 
     The inner ``update`` receives those that its signature names, or all of them if it
     has ``**kwargs``, as in ``optax.chain``. ``optax.MultiSteps`` accepts all of them
