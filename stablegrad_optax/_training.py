@@ -188,7 +188,8 @@ def _evaluation_params(state: Any, params: PyTree) -> PyTree:
     points = state.cache if is_sam else state.z
     if is_sam and points is None:  # both points lie within one update
         return evaluation_params(state.opt_state, params)
-    if not jax.tree.structure(points) == jax.tree.structure(params):
+    structure: Any = jax.tree.structure(points)
+    if structure != jax.tree.structure(params):
         raise ValueError(
             f"compare_optimizers cannot judge {'SAM' if is_sam else 'schedule_free'} "
             "that trains a part of the parameters; got it in a mask or a partition."
