@@ -115,8 +115,8 @@ def compare_optimizers(
       ...     steps=50,
       ...     key=jax.random.key(0),
       ... )
-      >>> result.recommended
-      OptimizerRuns('SGD', learning_rate=0.1, median=0.000116, failed=0/8)
+      >>> result.recommended.name
+      'SGD'
     """
     optimizers = default_optimizers() if optimizers is None else optimizers
     _check_optimizers(optimizers)
