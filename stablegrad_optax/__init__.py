@@ -4,7 +4,7 @@ from stablegrad_optax._autoscaled import (
     GradientAutoscaledNormalizationState,
     gradient_autoscaled_normalization,
 )
-from stablegrad_optax._compare import compare_optimizers, default_optimizers
+from stablegrad_optax._compare import compare_optimizers
 from stablegrad_optax._comparison import Comparison, OptimizerRuns
 from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._health import health
@@ -16,6 +16,7 @@ from stablegrad_optax._normalize import (
     normalize_by_leaf_norm,
 )
 from stablegrad_optax._norms import layer_norms
+from stablegrad_optax._optimizers import default_optimizers
 from stablegrad_optax._prediction import (
     prediction_grad_std,
     value_and_grad_with_prediction_std,

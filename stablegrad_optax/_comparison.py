@@ -1,4 +1,4 @@
-"""What the runs of several optimizers say: which rate, who is best, who is level."""
+"""Result of a comparison: the runs, the recommendation and the table."""
 
 import dataclasses
 import math
@@ -6,35 +6,45 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
+from stablegrad_optax._optimizers import complexity
+from stablegrad_optax._ranking import (
+    Floats,
+    fewest_seeds,
+    limit,
+    median,
+    rank_test,
+    seeds_to_decide,
+)
 
-_LEVEL = 0.05  # the chance, over all pairs together, of telling apart what is alike
-_NAME_WIDTH = 24  # the table then fits 80 columns
+_CLOSE = 1.25  # a simpler optimizer is recommended up to this ratio of medians
+_MOST_SEEDS = 100  # more are not named
+_NAME_WIDTH = 27  # the table then fits 80 columns
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class OptimizerRuns:
-    """The runs of one optimizer; a part of :class:`Comparison`.
+    """Holds the runs of one optimizer; it is a part of :class:`Comparison`.
 
     Attributes:
-      name: The optimizer's.
-      learning_rate: The chosen one.
-      rate_at_edge: Whether it is the smallest or the largest of several that were
-        tried: the best may lie beyond.
-      scores: f[seeds], of the fresh seeds, infinite where a run failed.
-      curves: f[seeds, steps], the training losses of these runs.
-      tuning: f[rates, tuning seeds], the scores that chose the rate, in the order of
-        the rates, infinite where a run failed; no rows for a single rate.
-      ms_per_step: Wall time of a step divided by the runs that took it side by side,
-        compilation left out.
-      is_level: Whether the seeds do not tell it apart from the best.
+      name: The name of the optimizer.
+      learning_rate: The chosen learning rate.
+      learning_rates: All learning rates that were tried, ascending.
+      added_rate: The one of them that was tried in addition to the given ones, because
+        the best of those was the smallest or the largest; otherwise None.
+      scores: The score of each fresh seed, f[seeds]; infinite where a run failed.
+      curves: The training losses of these runs, f[seeds, steps].
+      tuning: The scores that chose the learning rate, f[rates, tuning seeds]; infinite
+        where a run failed. It has no rows if there was a single rate.
+      ms_per_step: The wall time of a step divided by the number of runs that took it
+        side by side, without compilation.
+      is_level: Whether the seeds do not distinguish it from the best optimizer.
     """
 
     name: str
     learning_rate: float
-    rate_at_edge: bool
+    learning_rates: tuple[float, ...]
+    added_rate: float | None
     scores: Floats
     curves: Floats
     tuning: Floats
@@ -42,39 +52,73 @@ class OptimizerRuns:
     is_level: bool = False
 
     @property
+    def rate_at_edge(self) -> bool:
+        """True if the best rate may lie beyond those that were tried."""
+        ends = self.learning_rates[0], self.learning_rates[-1]
+        return len(self.learning_rates) > 1 and self.learning_rate in ends
+
+    @property
     def num_failed(self) -> int:
-        """How many of the fresh runs failed."""
+        """The number of fresh runs that failed."""
         return int(np.sum(np.isinf(self.scores)))
 
     @property
     def median(self) -> float:
-        """The median score, a failure counting as infinite."""
-        return _median(self.scores)
+        """The median score, in which a failed run counts as infinite."""
+        return median(self.scores)
+
+    def __repr__(self) -> str:
+        return (
+            f"OptimizerRuns({self.name!r}, learning_rate={self.learning_rate:.2g}, "
+            f"median={self.median:.3g}, failed={self.num_failed}/{len(self.scores)})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare_optimizers` returns; ``print`` it to read it.
+    """Holds what :func:`compare_optimizers` measured; ``print`` it to read it.
 
     Attributes:
-      runs: One :class:`OptimizerRuns` for each optimizer, the best first: by the mean
-        rank of its runs among all runs, in which a failure is last.
-      order: The names as they were given.
+      runs: One :class:`OptimizerRuns` per optimizer, ordered by the median score and,
+        if medians are equal, by the number of failed runs.
+      unfinished: The names of the optimizers that an interruption left out.
     """
 
     runs: tuple[OptimizerRuns, ...]
-    order: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
 
     @property
     def best(self) -> OptimizerRuns:
-        """The optimizer with the lowest mean rank; ``level`` says who is as good."""
+        """The optimizer with the lowest median."""
         return self.runs[0]
 
     @property
     def level(self) -> tuple[str, ...]:
-        """Those that the seeds do not tell apart from the best, in the order given."""
-        level = {runs.name for runs in self.runs if runs.is_level}
-        return tuple(name for name in self.order if name in level)
+        """The best optimizer and those that the seeds do not distinguish from it."""
+        return tuple(runs.name for runs in self.runs if runs.is_level)
+
+    @property
+    def recommended(self) -> OptimizerRuns:
+        """The simplest optimizer that is close to the best one.
+
+        The seeds do not distinguish it from the best, its median is within a factor of
+        1.25 of the best, and it does not fail more often. AdamW is simpler than Muon,
+        and Muon than SOAP. With one optimizer, fewer transformations are simpler, of
+        which clipping is simpler than normalizing and normalizing than StableGrad.
+        Optimizers with other names count as the most complex.
+        """
+        close = [runs for runs in self.runs if runs.is_level and self._is_close(runs)]
+        return min(close, key=lambda runs: complexity(runs.name))
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The simpler optimizers that more seeds might show to be as good or worse."""
+        simplest = complexity(self.recommended.name)
+        return tuple(
+            runs.name
+            for runs in self.runs
+            if runs.is_level and complexity(runs.name) < simplest
+        )
 
     @property
     def curves(self) -> dict[str, Floats]:
@@ -82,13 +126,12 @@ class Comparison:
         return {runs.name: runs.curves for runs in self.runs}
 
     def __getitem__(self, name: str) -> OptimizerRuns:
-        """The runs of one optimizer."""
+        """Returns the runs of one optimizer."""
         return {runs.name: runs for runs in self.runs}[name]
 
     def __str__(self) -> str:
-        lines = textwrap.wrap(self._summary(), 80)
         header = ("optimizer", "", "rate", "median", "lowest", "highest", "failed")
-        rows = [(*header, "ms/step"), *map(_row, self.runs)]
+        rows = [(*header, "ms"), *map(_row, self.runs)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join(
@@ -97,37 +140,114 @@ class Comparison:
             )
             for row in rows
         ]
-        notes = ["=  level with the best"] if len(self.level) > 1 else []
-        if any(runs.rate_at_edge for runs in self.runs):
-            notes.append("*  at the end of the rates that were tried: try further ones")
-        return "\n".join([*lines, "", *table, *notes])
+        return "\n".join([*_wrap(self._summary()), "", *table, *self._notes()])
+
+    def _is_close(self, runs: OptimizerRuns) -> bool:
+        best = self.best.median
+        bound = best * _CLOSE if best > 0 else best / _CLOSE
+        return runs.median <= bound and runs.num_failed <= self.best.num_failed
 
     def _summary(self) -> str:
-        num_runs = len(self.best.scores)
-        if self.best.num_failed == num_runs:
+        text = self._verdict()
+        if self.unfinished:
+            text = (
+                "This comparison is incomplete. It was interrupted before these "
+                f"optimizers were finished: {', '.join(self.unfinished)}. {text}"
+            )
+        return text
+
+    def _verdict(self) -> str:
+        best, num_seeds = self.best, len(self.best.scores)
+        if best.num_failed == num_seeds:
             return (
-                f"Every run failed, with each of {len(self.runs)} optimizers: lower "
-                "learning rates, or a loss that can be trained, come first."
+                "Every run of every optimizer failed. Try lower learning rates, and "
+                "check that the loss can be trained."
             )
         if len(self.runs) == 1:
-            return f"{self.best.name}, {num_runs} seeds."
-        if smallest_p_value(num_runs) * _num_pairs(len(self.runs)) >= _LEVEL:
-            return (
-                f"{self.best.name} has the best runs, but {num_runs} seeds are too few "
-                f"to tell {len(self.runs)} optimizers apart: "
-                f"{_enough_seeds(len(self.runs))} are needed at least."
-            )
+            return f"{best.name} was trained on {num_seeds} seeds."
+        if num_seeds < fewest_seeds(len(self.runs)):
+            too_few = few_seeds(len(self.runs), num_seeds)
+            return f"{best.name} has the lowest median. {too_few}"
         if len(self.level) == 1:
             return (
-                f"{self.best.name} did best: {num_runs} seeds tell it apart from each "
-                "of the others."
+                f"{best.name} did best. {num_seeds} seeds distinguish it from every "
+                "other optimizer."
             )
-        others = [name for name in self.level if name != self.best.name]
+        chosen = self.recommended
+        if chosen is not best:
+            text = (
+                f"Use {chosen.name}. It is the simplest optimizer whose median is "
+                f"within a factor of {_CLOSE:g} of the lowest one, of {best.name}, and "
+                "which does not fail more often."
+            )
+        elif self.undecided:
+            text = f"{best.name} has the lowest median."
+        else:
+            text = (
+                f"Use {best.name}. It has the lowest median, and the optimizers that "
+                f"{num_seeds} seeds do not distinguish from it are not simpler."
+            )
+        return f"{text} {self._open_question()}".strip()
+
+    def _open_question(self) -> str:
+        if not self.undecided:
+            return ""
+        needed = ", ".join(f"{name} ({self._needed(name)})" for name in self.undecided)
         return (
-            f"{self.best.name} has the best runs, and {num_runs} seeds do not tell it "
-            f"apart from {', '.join(others)}. The first of these that was named, "
-            f"{self.level[0]}, will do."
+            f"These {len(self.best.scores)} seeds do not decide whether a simpler "
+            f"optimizer is worse. About so many might: {needed}."
         )
+
+    def _needed(self, name: str) -> str:
+        scores = self.best.scores, self[name].scores
+        number = seeds_to_decide(*scores, len(self.runs))
+        return f"{number}" if number <= _MOST_SEEDS else f"more than {_MOST_SEEDS}"
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if len(self.level) > 1:
+            notes.append("=  not distinguishable from the first row")
+        if any(runs.rate_at_edge for runs in self.runs):
+            notes.append(
+                "*  the smallest or largest rate that was tried; try further ones"
+            )
+        added = {runs.added_rate for runs in self.runs} - {None}
+        if added:
+            rates = ", ".join(f"{rate:.2g}" for rate in sorted(filter(None, added)))
+            notes += _wrap(
+                "Where the best of the given rates was at an end of the list, one more "
+                f"was tried: {rates}."
+            )
+        return [*notes, "ms  milliseconds per step and run, without compilation"]
+
+
+def few_seeds(num_optimizers: int, num_seeds: int) -> str:
+    """Says that the test cannot distinguish the optimizers, whatever the scores."""
+    return (
+        f"{num_seeds} seeds cannot distinguish {num_optimizers} optimizers; use "
+        f"num_seeds={fewest_seeds(num_optimizers)} or more."
+    )
+
+
+def compare(
+    runs: Sequence[OptimizerRuns], unfinished: Sequence[str] = ()
+) -> Comparison:
+    """Orders the optimizers and marks those that do not differ from the best."""
+
+    def key(one: OptimizerRuns) -> tuple[float, int, float]:
+        finite = one.scores[np.isfinite(one.scores)]
+        return one.median, one.num_failed, finite.mean() if finite.size else math.inf
+
+    ordered = sorted(runs, key=key)
+    # The best optimizer is known only after the scores, so that every pair counts.
+    bound = limit(len(runs))
+    marked = [
+        dataclasses.replace(
+            one, is_level=rank_test(ordered[0].scores, one.scores) >= bound
+        )
+        for one in ordered
+    ]
+    return Comparison(tuple(marked), tuple(unfinished))
 
 
 def _row(runs: OptimizerRuns) -> tuple[str, ...]:
@@ -146,85 +266,5 @@ def _row(runs: OptimizerRuns) -> tuple[str, ...]:
     )
 
 
-def compare(runs: Sequence[OptimizerRuns]) -> Comparison:
-    """Orders the optimizers and marks those that are level with the best."""
-    ranks = _ranks(np.concatenate([of.scores for of in runs]))
-    mean_ranks = [float(np.mean(part)) for part in np.split(ranks, len(runs))]
-    ordered = [runs[i] for i in np.argsort(mean_ranks, kind="stable")]
-    # The best was chosen after looking: every pair counts.
-    limit = _LEVEL / max(_num_pairs(len(runs)), 1)
-    return Comparison(
-        tuple(
-            dataclasses.replace(
-                of, is_level=rank_test(ordered[0].scores, of.scores) >= limit
-            )
-            for of in ordered
-        ),
-        tuple(of.name for of in runs),
-    )
-
-
-def choose_rate(scores: Floats) -> int:
-    """The position of the rate to take, from scores f[rates, seeds], rates ascending.
-
-    Fewest failures; then a margin: no failure at the next larger rate, for the best
-    rate often stands beside a cliff; then the lowest worst score; then the lowest mean
-    rank, for rates of which every seed has a failure; then the smaller rate.
-    """
-    failures = np.isinf(scores).sum(axis=1)
-    # The largest has no next one, and stands for itself.
-    beyond = np.append(failures[1:], failures[-1]) > 0
-    ranks = _ranks(scores.reshape(-1)).reshape(scores.shape).mean(axis=1)
-
-    def key(i: int) -> tuple[float, ...]:
-        return failures[i], beyond[i], scores[i].max(), ranks[i], i
-
-    return min(range(len(scores)), key=key)
-
-
-def rank_test(first: Floats, second: Floats) -> float:
-    """The two-sided p-value of Mann and Whitney's test, exact, with ties.
-
-    The share of all ways to part the pooled ranks into two groups of these sizes whose
-    rank sum lies as far from its mean as the observed one.
-    """
-    doubled = np.rint(2 * _ranks(np.concatenate([first, second]))).astype(int)
-    total, size = int(doubled.sum()), len(first)
-    # ways[k, s]: how many subsets of k ranks have the doubled sum s.
-    ways = np.zeros((size + 1, total + 1))
-    ways[0, 0] = 1
-    for rank in doubled:
-        ways[1:, rank:] += ways[:-1, : total + 1 - rank]
-    count = ways[-1]
-    mean = total * size / len(doubled)
-    distance = np.abs(np.arange(total + 1) - mean)
-    observed = abs(int(doubled[:size].sum()) - mean)
-    return float(count[distance >= observed - 1e-9].sum() / count.sum())
-
-
-def smallest_p_value(num_runs: int) -> float:
-    """What :func:`rank_test` gives where all of one's runs are better."""
-    return 2 / math.comb(2 * num_runs, num_runs)
-
-
-def _enough_seeds(num_optimizers: int) -> int:
-    limit = _LEVEL / _num_pairs(num_optimizers)
-    return next(n for n in range(1, 100) if smallest_p_value(n) < limit)
-
-
-def _num_pairs(number: int) -> int:
-    return math.comb(number, 2)
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1, the mean of theirs for values that are equal."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def _median(values: Floats) -> float:
-    """`np.median`, but half of infinity is infinity without a warning."""
-    ordered = np.sort(values)
-    low, high = ordered[(len(values) - 1) // 2], ordered[len(values) // 2]
-    return float(low if low == high else (low + high) / 2)
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, break_on_hyphens=False)

@@ -1,31 +1,23 @@
-"""Trains a network with one optimizer: many runs side by side in one program."""
+"""A training problem, and the programs of it that all optimizers use."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from numpy.typing import NDArray
 
-from stablegrad_optax._checks import with_extra_args
 from stablegrad_optax._leaves import describe
 
 PyTree = Any
-Factory = Callable[[Any], optax.GradientTransformation]
-Scores = NDArray[np.float64]
-Outcome = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 _SCORE_BATCHES = 8  # of the default score
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained, as :func:`compare_optimizers` takes it; checked when traced."""
+    """Holds what is trained, as ``compare_optimizers`` takes it, with its checks."""
 
     loss_fn: Callable[[PyTree, Any], jax.Array]
     init: Callable[[jax.Array], PyTree]
@@ -36,38 +28,27 @@ class Problem:
 
     @property
     def data(self) -> PyTree:
-        """What is handed to every step: an argument, lest the program hold it."""
+        """The whole data, which is an argument so that no program holds a copy."""
         return None if callable(self.sample) else self.sample
 
-    def batch(self, key: jax.Array, data: PyTree) -> Any:
-        """The batch of one step."""
-        return self.sample(key) if callable(self.sample) else data
+    def batch(self, key: jax.Array, step: jax.Array, data: PyTree) -> Any:
+        """Returns the batch of one step."""
+        if not callable(self.sample):
+            return data
+        return self.sample(jax.random.fold_in(key, step))
 
     def loss(self, params: PyTree, batch: Any) -> jax.Array:
-        """The loss, a real scalar."""
+        """Returns the loss, which must be a real scalar."""
         return _real_scalar("loss_fn", self.loss_fn(params, batch))
 
     def params(self, key: jax.Array) -> PyTree:
-        """Initial parameters."""
+        """Returns initial parameters, which must be floating arrays."""
         params = self.init(key)
-        if not jax.tree.leaves(params):
-            raise ValueError("init must return a pytree with arrays; got no leaves.")
-        for path, leaf in jax.tree.leaves_with_path(params):
-            dtype = getattr(leaf, "dtype", type(leaf))
-            try:
-                is_floating = bool(jnp.issubdtype(dtype, jnp.inexact))
-            except TypeError:  # a function, say
-                is_floating = False
-            if not is_floating:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"init must return floating arrays alone; got {dtype} for leaf "
-                    f"'{name}'. Let loss_fn close over all else."
-                )
+        _require_floating(params)
         return jax.tree.map(jnp.asarray, params)
 
     def final_score(self, params: PyTree, key: jax.Array, data: PyTree) -> jax.Array:
-        """The score; ``key`` draws the fresh batches of the default one."""
+        """Returns the score; ``key`` draws the fresh batches of the default one."""
         if self.score is not None:
             return _real_scalar("score", self.score(params))
         if not callable(self.sample):
@@ -76,158 +57,171 @@ class Problem:
         losses = jax.lax.map(lambda key: self.loss(params, self.sample(key)), keys)
         return jnp.mean(losses)
 
-    def run(
-        self,
-        factory: Factory,
-        rate: jax.Array,
-        key: jax.Array,
-        score_key: jax.Array,
-        data: PyTree,
-    ) -> Outcome:
-        """One run: its score, what it must be below, if it is finite, its losses."""
-        init_key, data_key = jax.random.split(key)
-        start = self.params(init_key)
-        tx = factory(rate)
-        made = "What a function of the learning rate that makes an optimizer returns"
-        tx = with_extra_args(made, tx)
-
-        def step(carry: Any, count: jax.Array) -> tuple[Any, jax.Array]:
-            params, state = carry
-            batch = self.batch(jax.random.fold_in(data_key, count), data)
-
-            def value_fn(params: PyTree) -> jax.Array:
-                return self.loss(params, batch)
-
-            value, grads = jax.value_and_grad(value_fn)(params)
-            grads = jax.tree.map(jnp.conj, grads)  # of complex leaves: the descent
-            updates, state = tx.update(
-                grads, state, params, value=value, grad=grads, value_fn=value_fn
+    def require_randomness_of_keys(self, key: jax.Array, num_seeds: int) -> None:
+        """Raises if ``init`` or ``sample`` draws random numbers without its key."""
+        first, second = jax.random.split(key)
+        varies = False
+        for name, function in {"init": self.init, "sample": self.sample}.items():
+            if not callable(function):
+                continue
+            # A compiled function repeats what its first call drew from NumPy.
+            while isinstance(function, jax.stages.Wrapped):
+                function = function.__wrapped__  # type: ignore[attr-defined]
+            result = function(first)
+            if name == "init":
+                _require_floating(result)
+            leaf = _first_difference(result, function(first))
+            if leaf is not None:
+                raise ValueError(
+                    f"{name} must depend on its key alone, but two calls with one key "
+                    f"returned different values for leaf '{leaf}'. Draw random numbers "
+                    "with jax.random, not with NumPy."
+                )
+            varies |= _first_difference(result, function(second)) is not None
+        if num_seeds > 1 and not varies:
+            raise ValueError(
+                "init or sample must depend on its key, but neither does, so that all "
+                f"{num_seeds} seeds are the same run. Use num_seeds=1 and "
+                "num_tuning_seeds=1 if nothing is random."
             )
-            decay = (1 + jnp.cos(jnp.pi * count / self.steps)) / 2
-            updates = jax.tree.map(lambda x: x * decay.astype(x.dtype), updates)
-            return (optax.apply_updates(params, updates), state), value
 
-        (params, _), losses = jax.lax.scan(
-            step, (start, tx.init(start)), jnp.arange(self.steps)
-        )
-        is_finite = jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
-        )
-        score = self.final_score(params, score_key, data)
-        if self.failure_score is None:
-            limit = self.final_score(start, score_key, data)
-        else:
-            limit = jnp.full_like(score, self.failure_score)
-        return score, limit, is_finite, losses
 
-    def require_finite_start(self, keys: jax.Array) -> None:
-        """Raises if no seed has a finite loss and gradient at its initial parameters.
+class Programs:
+    """The functions of a problem that every optimizer uses, compiled once.
 
-        Then no optimizer and no rate can help.
+    ``width`` runs are side by side in each call. A program is freed with this object.
+    """
+
+    def __init__(self, problem: Problem, key: jax.Array, width: int):
+        self.problem, self.width = problem, width
+        self._keys, score_key = jax.random.split(key)
+        self._params: dict[int, PyTree] = {}  # on the host, by seed
+
+        def gradient(
+            params: PyTree, key: jax.Array, step: jax.Array, data: PyTree
+        ) -> tuple[jax.Array, PyTree]:
+            batch = problem.batch(key, step, data)
+            loss, grads = jax.value_and_grad(problem.loss)(params, batch)
+            # The conjugate of a complex gradient is the direction of ascent.
+            return loss, jax.tree.map(jnp.conj, grads)
+
+        def judge(params: PyTree, data: PyTree) -> tuple[jax.Array, jax.Array]:
+            leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]
+            score = problem.final_score(params, score_key, data)
+            return score, jnp.all(jnp.stack(leaves))
+
+        self._gradient = jax.jit(jax.vmap(gradient, (0, 0, None, None)))
+        self._judge = jax.jit(jax.vmap(judge, (0, None)))
+
+    def start(self, seeds: Sequence[int]) -> tuple[PyTree, jax.Array]:
+        """Returns the initial parameters of these seeds and the keys of their data.
+
+        ``init`` is called outside ``jit``, once per seed: compiled, the random numbers
+        of a deep network take longer than its training step.
         """
+        for seed in set(seeds) - set(self._params):
+            params = self.problem.params(jax.random.split(self._key(seed))[0])
+            self._params[seed] = jax.tree.map(np.asarray, params)
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.array(np.stack(leaves)),
+            *(self._params[seed] for seed in seeds),
+        )
+        keys = [jax.random.split(self._key(seed))[1] for seed in seeds]
+        return stacked, jnp.stack(keys)
 
-        def start(key: jax.Array, data: PyTree) -> tuple[jax.Array, PyTree]:
-            init_key, data_key = jax.random.split(key)
-            batch = self.batch(jax.random.fold_in(data_key, 0), data)
-            loss, grads = jax.value_and_grad(self.loss)(self.params(init_key), batch)
-            return loss, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), grads)
+    def shapes(self) -> tuple[PyTree, ...]:
+        """Returns shapes and dtypes of parameters, keys, losses and gradients."""
+        params, keys = self.start([0] * self.width)
+        arguments = params, keys, np.int32(0), self.problem.data
+        return params, keys, *jax.eval_shape(self._gradient, *arguments)
 
-        losses, finite = jax.jit(jax.vmap(start, (0, None)))(keys, self.data)
-        if not jnp.any(jnp.isfinite(losses)):
+    def gradient(
+        self, params: PyTree, keys: jax.Array, step: int
+    ) -> tuple[jax.Array, PyTree]:
+        """Returns the losses and the gradients of one step of each run."""
+        return self._gradient(params, keys, np.int32(step), self.problem.data)
+
+    def judge(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the score of each run, and whether all its parameters are finite."""
+        score, is_finite = jax.device_get(self._judge(params, self.problem.data))
+        return score, is_finite
+
+    def limits(self, params: PyTree) -> np.ndarray:
+        """Returns the score that each run must be below, given its initial params."""
+        if self.problem.failure_score is not None:
+            return np.full(self.width, self.problem.failure_score)
+        return self.judge(params)[0]
+
+    def require_finite_gradients(self, seeds: Sequence[int]) -> None:
+        """Raises if the loss or the gradient is not finite initially for any seed.
+
+        Then no optimizer and no learning rate can help.
+        """
+        all_losses, all_grads = [], []
+        for begin in range(0, len(seeds), self.width):
+            part = list(seeds[begin : begin + self.width])
+            params, keys = self.start(pad(part, self.width))
+            losses, grads = self.gradient(params, keys, 0)
+            finite = jax.tree.map(lambda x: np.isfinite(np.asarray(x)), grads)
+            all_losses.append(np.asarray(losses)[: len(part)])
+            all_grads.append([_all(x)[: len(part)] for x in jax.tree.leaves(finite)])
+        initial = np.concatenate(all_losses)
+        if not np.any(np.isfinite(initial)):
             raise ValueError(
                 "loss_fn must be finite at the parameters that init gives; got "
-                f"{float(losses[0])} on each of {len(losses)} seeds."
+                f"{initial[0]} on each of {len(initial)} seeds."
             )
-        of_leaf = [np.asarray(leaf) for leaf in jax.tree.leaves(finite)]
-        if not np.any(np.all(np.stack(of_leaf), axis=0)):
+        by_leaf = [np.concatenate(x) for x in zip(*all_grads, strict=True)]
+        if not np.any(np.all(np.stack(by_leaf), axis=0)):
             names = [leaf.name or "params" for leaf in describe(finite)]
-            where = [
-                name for name, f in zip(names, of_leaf, strict=True) if not f.all()
-            ]
-            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+            bad = [name for name, x in zip(names, by_leaf, strict=True) if not x.all()]
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise ValueError(
                 "The gradient of loss_fn must be finite at the parameters that init "
-                f"gives; it is not on any of {len(losses)} seeds, in leaf "
-                f"{', '.join(map(repr, where[:3]))}{more}."
+                f"gives; it is not on any of {len(initial)} seeds, in leaf "
+                f"{', '.join(map(repr, bad[:3]))}{more}."
+            )
+
+    def _key(self, seed: int) -> jax.Array:
+        return jax.random.fold_in(self._keys, seed)
+
+
+def pad(values: list[Any], length: int) -> list[Any]:
+    """Returns the list with its last value repeated up to this length."""
+    return values + values[-1:] * (length - len(values))
+
+
+def _require_floating(params: PyTree) -> None:
+    if not jax.tree.leaves(params):
+        raise ValueError("init must return a pytree with arrays; got no leaves.")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        try:
+            is_floating = bool(jnp.issubdtype(dtype, jnp.inexact))
+        except TypeError:  # the type of a function, for example
+            is_floating = False
+        if not is_floating:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"init must return floating arrays alone; got {dtype} for leaf "
+                f"'{name}'. Let loss_fn close over everything else."
             )
 
 
-class Trainer:
-    """The program of one optimizer, traced at once and compiled when first called."""
-
-    def __init__(
-        self,
-        name: str,
-        factory: Factory,
-        problem: Problem,
-        key: jax.Array,
-        width: int,
-    ):
-        self.name = name
-        self._problem = problem
-        self._width = width
-        self._keys, self._score_key = jax.random.split(key)
-        self._compiled: Callable[..., Outcome] | None = None
-        self._seconds, self._num_timed = 0.0, 0
-
-        def run(
-            rate: jax.Array, key: jax.Array, score_key: jax.Array, data: PyTree
-        ) -> Outcome:
-            return problem.run(factory, rate, key, score_key, data)
-
-        with _named(name):
-            self._lowered = jax.jit(jax.vmap(run, (0, 0, None, None))).lower(
-                *self._arguments([(1e-3, 0)] * width)
-            )
-
-    def __call__(
-        self, grid: Sequence[tuple[float, int]], tick: Callable[[int], None]
-    ) -> tuple[Scores, NDArray[np.floating]]:
-        """Runs of these rates and seeds: scores, infinite where one failed, and losses.
-
-        ``tick`` is told how many runs were finished.
-        """
-        with _named(self.name):
-            compiled = self._compiled = self._compiled or self._lowered.compile()
-            parts = []
-            for begin in range(0, len(grid), self._width):
-                part = list(grid[begin : begin + self._width])
-                padded = part + part[-1:] * (self._width - len(part))
-                arguments = jax.block_until_ready(self._arguments(padded))
-                clock = time.perf_counter()
-                outcome = jax.block_until_ready(compiled(*arguments))
-                self._seconds += time.perf_counter() - clock
-                self._num_timed += len(padded)
-                parts.append([np.asarray(field)[: len(part)] for field in outcome])
-                tick(len(part))
-        score, limit, is_finite, losses = map(np.concatenate, zip(*parts, strict=True))
-        # The score of the start, if that is the limit, may be no number.
-        fine = is_finite & np.isfinite(score) & ~(score >= limit)
-        return np.where(fine, score.astype(np.float64), np.inf), losses
-
-    @property
-    def ms_per_step(self) -> float:
-        """Wall time of a step divided by the runs that took it side by side."""
-        return 1e3 * self._seconds / (self._problem.steps * self._num_timed)
-
-    def _arguments(self, grid: Sequence[tuple[float, int]]) -> tuple[Any, ...]:
-        rates, seeds = zip(*grid, strict=True)
-        return (
-            jnp.asarray(rates, jnp.float32),
-            jax.vmap(jax.random.fold_in, (None, 0))(self._keys, jnp.asarray(seeds)),
-            self._score_key,
-            self._problem.data,
-        )
+def _all(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array.reshape(len(array), -1).all(axis=1))
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """An error says which optimizer it is about."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"While optimizer {name!r} was tried.")
-        raise
+def _first_difference(first: PyTree, second: PyTree) -> str | None:
+    """Returns the name of the first leaf that differs by more than rounding."""
+    pairs = zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True)
+    for (path, a), b in pairs:
+        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))
+        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-5, equal_nan=True):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
 
 
 def _real_scalar(name: str, value: Any) -> jax.Array:

@@ -37,6 +37,7 @@ def test_an_example_compares_its_optimizers(path, monkeypatch):
         learning_rates=(1e-3,),
         steps=3,
         num_seeds=2,
+        num_tuning_seeds=1,
         parallel=2,
     )
     assert result.curves[name].shape == (2, 3)

@@ -1,4 +1,4 @@
-"""Which optimizer trains an nnx CNN without normalization on scikit-learn's digits."""
+"""Compares optimizers of an nnx CNN without normalization on scikit-learn's digits."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def init(key):
     return nnx.state(CNN(nnx.Rngs(key)), nnx.Param)
 
 
-def logits_of(params, x):
+def predict(params, x):
     """The model's output."""
     return nnx.merge(graphdef, params, rest, copy=True)(x)
 
@@ -64,17 +64,17 @@ def sample(key):
 def loss_fn(params, batch):
     """The mean cross-entropy."""
     x, y = batch
-    logits = logits_of(params, x)
+    logits = predict(params, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def score(params):
     """The share of test images that are misread."""
-    return jnp.mean(logits_of(params, x_test).argmax(-1) != y_test)
+    return jnp.mean(predict(params, x_test).argmax(-1) != y_test)
 
 
 def kernels_as_matrices(params):
-    """For Muon, which would leave kernels (height, width, in, out) to Adam."""
+    """Says which axes of kernels (height, width, in, out) Muon orthogonalizes."""
 
     def numbers(leaf):
         if leaf.ndim < 2:
@@ -86,10 +86,9 @@ def kernels_as_matrices(params):
 
 
 def run(**settings) -> Comparison:
-    """The trial; ``settings`` replace those of the page."""
-    of_page = {
+    """Compares the default optimizers; ``settings`` replace the defaults."""
+    defaults = {
         "optimizers": default_optimizers(kernels_as_matrices),
-        "learning_rates": (3e-3, 1e-2, 3e-2),
         "steps": 120,
         "num_seeds": 7,
         "num_tuning_seeds": 2,
@@ -98,7 +97,7 @@ def run(**settings) -> Comparison:
         "parallel": 8,
         "key": jax.random.key(0),
     }
-    return compare_optimizers(loss_fn, init, sample, **(of_page | settings))
+    return compare_optimizers(loss_fn, init, sample, **(defaults | settings))
 
 
 if __name__ == "__main__":
