@@ -52,9 +52,10 @@ def gradient_autoscaled_normalization(
     hyperbolic tangent. So :math:`0 < \alpha_t \le 1`, and at the first step
     :math:`\alpha_1 = \max(f(\sigma_1), 1/e)`.
 
-    That layer means are removed, and that one function of the global deviation scales
-    all weights, is the published rule. The formulas of f and p, and the choice of
-    weights, are our reading, because the paper's text was not available to us.
+    The published rule removes the mean of each layer and scales all weights by one
+    function of the global deviation. The formulas of f and p, and the choice of
+    weights, are choices of this package, because the paper's full text was not
+    available to this project.
 
     A weight is a floating array with at least two axes and two elements whose own name
     is not ``bias``. Other arrays stay as they are. The first update whose
@@ -165,7 +166,7 @@ def gradient_autoscaled_normalization(
 def _pool(
     deviations: jax.Array, leaves: Sequence[_leaves.Leaf]
 ) -> tuple[jax.Array, jax.Array]:
-    """The std of all centred entries of finite slices, and whether all slices are."""
+    """Returns the std of all centred finite slices, and whether all are finite."""
     finite = jnp.isfinite(deviations)
     sizes = _statistics.per_slice(leaves, lambda leaf: leaf.slice_size, float)
     shares = jnp.where(finite, sizes / max(sizes.sum(), 1), 0).astype(deviations.dtype)
@@ -181,7 +182,7 @@ def _alpha(
     exponent: float | jax.Array | None,
     fixed: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The factor of this step, and the exponent that it holds for the later ones."""
+    """Returns the factor of this step, and the exponent for the later steps."""
     dtype = std.dtype
     nothing = std == 0
     value = transform(jnp.where(nothing, 1, std))

@@ -1,11 +1,11 @@
 """Standard deviations and norms of gradient leaves, safe at every magnitude.
 
-All of them come from the means of g and g^2 over each slice. Where squares leave the
-range of float32 (float64), the same means in units of two other powers of two take
-their place: between the three nothing over- or underflows. On accelerators all of these
-sums are taken in one read of the gradient, and scalars choose among them. XLA for a CPU
-makes a loop of each sum: there a conditional on one scalar takes them again, of leaves
-in the units that the first ones call for.
+All of them come from the means of g and g^2 over each slice. If squares leave the range
+of float32 (float64), the same means in units of another power of two replace them. With
+one unit for small and one for large gradients, nothing over- or underflows. On
+accelerators all of these sums are taken in one read of the gradient, and scalars choose
+among them. XLA for a CPU makes a loop of each sum, so that a conditional on one scalar
+takes the sums again, in the units that the first sums show to be necessary.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,24 +22,23 @@ from stablegrad_optax import _slices
 from stablegrad_optax._leaves import Leaf
 from stablegrad_optax._numerics import safe_sqrt, scale, statistics_dtype, sum_dtype
 
-# A spread below this share of the root mean square is no scale to normalise by: it
-# would blow up a leaf that is nearly constant. Real weight gradients are far from it:
-# among those that were measured the mean stayed below 1.1 deviations.
+# The spread is at least this share of the root mean square, because a division by the
+# small deviation of an almost constant leaf would enlarge it without bound.
 SPREAD_FLOOR = 0.1
 
 
 class Moments(NamedTuple):
-    """The moments of every slice, in units in which no square leaves the range."""
+    """Holds the moments of every slice, in units that keep all squares in range."""
 
-    mean_square: jax.Array  # f[slices], of abs(g / unit)
-    mean: Any  # f[slices], of g / unit, complex where a leaf is; None if not asked for
+    mean_square: jax.Array  # f[slices], the mean of abs(g / unit)^2
+    mean: Any  # f[slices], the mean of g / unit, complex if a leaf is, or None
     unit: jax.Array  # f[slices], a power of two
 
 
 class _Range(NamedTuple):
-    """Which mean squares need another unit, and the inverses of the two others."""
+    """Holds the limit below which squares underflow, and the inverses of two units."""
 
-    lowest: float  # below it, underflow has taken bits from the mean square
+    lowest: float  # a mean square below it has lost bits to underflow
     up: float
     down: float
 
@@ -51,15 +50,16 @@ _RANGES = {
 
 
 def spreads(arrays: Sequence[jax.Array], leaves: Sequence[Leaf]) -> jax.Array:
-    """The floored standard deviation of every slice.
+    """Computes the floored standard deviation of every slice.
 
-    ``max(sigma, rms / 10)`` with the population standard deviation sigma, from 1e-36 to
-    1e37: right to 1e-5 relative where the mean is at most two sigma, to 1e-3 up to the
-    floor; 0 for zeros, not finite for a slice that is not finite.
+    It is ``max(sigma, rms / 10)`` with the population standard deviation sigma. From
+    1e-36 to 1e37 the relative error is at most 1e-5 if the mean is at most two sigma,
+    and 1e-3 up to the floor. It is 0 for zeros and not finite for a slice that is not
+    finite.
 
     Args:
       arrays: Floating arrays.
-      leaves: What is static about them.
+      leaves: The descriptions of the arrays.
 
     Returns:
       f[slices], in the widest statistics dtype of the leaves.
@@ -72,18 +72,18 @@ def spreads(arrays: Sequence[jax.Array], leaves: Sequence[Leaf]) -> jax.Array:
 def means_and_deviations(
     arrays: Sequence[jax.Array], leaves: Sequence[Leaf]
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean and the standard deviation of every slice.
+    """Computes the mean and the standard deviation of every slice.
 
-    The deviation has no floor: it is as right as that of :func:`spreads`, and nothing
-    but rounding where it is below a thousandth of the mean.
+    The deviation has no floor. It is as accurate as that of :func:`spreads`, but only
+    rounding if it is below a thousandth of the mean.
 
     Args:
       arrays: Floating arrays.
-      leaves: What is static about them.
+      leaves: The descriptions of the arrays.
 
     Returns:
-      The means, complex where a leaf is, and the deviations, each f[slices] in the
-      widest statistics dtype of the leaves.
+      The means, complex if a leaf is, and the deviations, each f[slices] in the widest
+      statistics dtype of the leaves.
     """
     mean_square, mean, unit = moments(arrays, leaves)
     variance = mean_square - _square(mean)
@@ -92,14 +92,14 @@ def means_and_deviations(
 
 
 def norms(arrays: Sequence[jax.Array], leaves: Sequence[Leaf]) -> jax.Array:
-    """The Euclidean norm of every slice.
+    """Computes the Euclidean norm of every slice.
 
-    Right to 1e-5 relative between 1e-36 and the dtype's maximum, where it saturates; 0
-    for zeros, not finite for a slice that is not finite.
+    The relative error is at most 1e-5 between 1e-36 and the dtype's maximum, where the
+    norm saturates. It is 0 for zeros and not finite for a slice that is not finite.
 
     Args:
       arrays: Floating arrays.
-      leaves: What is static about them.
+      leaves: The descriptions of the arrays.
 
     Returns:
       f[slices], in the widest statistics dtype of the leaves.
@@ -112,16 +112,16 @@ def norms(arrays: Sequence[jax.Array], leaves: Sequence[Leaf]) -> jax.Array:
 
 
 def pooled(values: jax.Array, shares: npt.ArrayLike) -> jax.Array:
-    """``sqrt(sum s d^2)`` along the first axis.
+    """Computes ``sqrt(sum s d^2)`` along the first axis.
 
     Args:
-      values: Spreads d, f[k, ...].
-      shares: The share s of each of them in the whole, [k, ...].
+      values: The spreads d, f[k, ...].
+      shares: The share s of each spread in the whole, [k, ...].
 
     Returns:
       f[...].
     """
-    # Relative to the largest of them, no square leaves the range.
+    # Squares relative to that of the largest spread do not leave the range.
     largest = lax.stop_gradient(values.max(0, initial=0))
     invertible = float(jnp.finfo(values.dtype).max) / 16
     unit = jnp.where(largest == 0, 1, jnp.minimum(largest, invertible))
@@ -132,7 +132,7 @@ def pooled(values: jax.Array, shares: npt.ArrayLike) -> jax.Array:
 
 
 def global_norm(norms: jax.Array) -> jax.Array:
-    """The norm f[] of all slices together, from their own norms; it saturates."""
+    """Computes the saturating norm f[] of all slices together from their own norms."""
     norm = pooled(norms, 1.0)
     largest = float(jnp.finfo(norm.dtype).max)
     return jnp.where(jnp.isfinite(norms).all(), jnp.minimum(norm, largest), norm)
@@ -141,7 +141,7 @@ def global_norm(norms: jax.Array) -> jax.Array:
 def per_slice(
     leaves: Sequence[Leaf], value: Callable[[Leaf], npt.ArrayLike], dtype: Any
 ) -> npt.NDArray[Any]:
-    """Repeats a number of each leaf, or several, for its slices: [slices, ...]."""
+    """Repeats the values of each leaf for its slices, [slices, ...]."""
     counts = np.array([leaf.num_slices for leaf in leaves], int)
     return np.repeat([value(leaf) for leaf in leaves], counts, 0).astype(dtype)
 
@@ -149,7 +149,7 @@ def per_slice(
 def moments(
     arrays: Sequence[jax.Array], leaves: Sequence[Leaf], *, with_mean: bool = True
 ) -> Moments:
-    """The moments of every slice."""
+    """Computes the moments of every slice."""
     if not leaves:
         nothing = jnp.zeros(0)
         return Moments(nothing, nothing, nothing)
@@ -207,12 +207,12 @@ def _moments_jvp(
     return moments, Moments(square_dot, mean_dot, jnp.zeros_like(moments.unit))
 
 
-# One jitted function: jax_debug_nans must not see the sums that are not chosen.
+# `jit` hides the sums that are not chosen from jax_debug_nans, which would report them.
 _compiled = jax.jit(_moments, static_argnums=(1, 2))
 
 
 def _unit(leaves: Sequence[Leaf], mean_square: jax.Array) -> jax.Array:
-    """The power of two in which the squares of each slice are in range: mostly 1."""
+    """Returns the power of two in whose units the squares of a slice are in range."""
     ranges = per_slice(leaves, lambda leaf: _range(leaf.dtype), mean_square.dtype)
     lowest, up, down = ranges.T
     too_large = ~jnp.isfinite(mean_square)
@@ -222,7 +222,7 @@ def _unit(leaves: Sequence[Leaf], mean_square: jax.Array) -> jax.Array:
 def _choose(
     leaves: Sequence[Leaf], plain: list[jax.Array], in_units: list[jax.Array]
 ) -> Moments:
-    """Chooses among the means in three units those in which a slice is in range."""
+    """Chooses the means of each slice in the one of three units that is in range."""
     unit = _unit(leaves, plain[0])
     mean_square = jnp.where(unit < 1, in_units[0], plain[0])
     mean_square = jnp.where(unit > 1, in_units[1], mean_square)
@@ -250,27 +250,27 @@ def _square_in_units(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _twice_in_units(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """A factor of its own: XLA:CPU would write out what two loops share."""
+    """Doubles the factor, because XLA:CPU writes out a product that two loops share."""
     return scale(x, 2 * factor)
 
 
 def _halfway_down(x: jax.Array) -> jax.Array:
-    """Far enough down for a sum."""
+    """Scales down by the root of the factor, enough for a sum without squares."""
     return x * _range(x.dtype).down ** 0.5
 
 
 def _square_down(x: jax.Array) -> jax.Array:
-    """The square of x times a factor whose own square no float can hold.
+    """Squares x times a factor whose own square is outside the range of floats.
 
-    XLA joins the two factors to one where a leaf has one element; not across this
-    maximum, which changes nothing.
+    If a leaf has one element, XLA would join the two factors to one. It does not do so
+    across the maximum with the lowest number, which changes no value.
     """
     lowest = float(jnp.finfo(x.dtype).min)
     return _square_of_parts(x, lambda x: jnp.maximum(x * _range(x.dtype).down, lowest))
 
 
 def _square_up(x: jax.Array) -> jax.Array:
-    """The same, with a minimum."""
+    """Squares x times a large factor, which XLA does not square across the minimum."""
     largest = float(jnp.finfo(x.dtype).max)
     return _square_of_parts(x, lambda x: jnp.minimum(x * _range(x.dtype).up, largest))
 
