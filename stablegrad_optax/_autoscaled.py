@@ -27,8 +27,8 @@ class GradientAutoscaledNormalizationState(NamedTuple):
 
     grad_std: jax.Array  # f[], the global standard deviation of the last update
     exponent: jax.Array  # f[], 0 until it is fixed
-    scale_factors: jax.Array  # f[slices], alpha for each, 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    scale_factors: jax.Array  # f[slices], alpha of each, 1 before the first update
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
 
 
 @renamed(stacked_axes="num_stacked_axes")
@@ -168,7 +168,7 @@ def _pool(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the std of all centred finite slices, and whether all are finite."""
     finite = jnp.isfinite(deviations)
-    sizes = _statistics.per_slice(leaves, lambda leaf: leaf.slice_size, float)
+    sizes = _slices.per_slice(leaves, lambda leaf: leaf.slice_size, float)
     shares = jnp.where(finite, sizes / max(sizes.sum(), 1), 0).astype(deviations.dtype)
     total = shares.sum()
     shares = shares / jnp.where(total == 0, 1, total)

@@ -18,7 +18,7 @@ from stablegrad_optax._ranking import (
 )
 
 _CLOSE = 1.25  # a simpler optimizer is recommended up to this ratio of medians
-_MOST_SEEDS = 100  # more are not named
+_MOST_SEEDS = 100  # a larger number of seeds is not named
 _NAME_WIDTH = 27  # the table then fits 80 columns
 
 

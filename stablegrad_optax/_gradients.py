@@ -42,7 +42,7 @@ class Layout(NamedTuple):
     @property
     def leaf_ids(self) -> npt.NDArray[np.uint32]:
         """The id of the leaf that each scaled slice belongs to."""
-        return _statistics.per_slice(self.scaled, lambda leaf: leaf.id, np.uint32)
+        return _slices.per_slice(self.scaled, lambda leaf: leaf.id, np.uint32)
 
     def zeros(self) -> jax.Array:
         """Returns the statistic f[slices] of every scaled slice before any update."""

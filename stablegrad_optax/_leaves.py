@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-Selection = PyTree | Callable[[PyTree], PyTree]  # of bools
+Selection = PyTree | Callable[[PyTree], PyTree]  # the leaves are bools
 NumStackedAxes = int | PyTree | Callable[[PyTree], PyTree]
 
 
@@ -25,8 +25,8 @@ class Leaf(NamedTuple):
     """Describes one leaf of a tree by what is known while a program is traced."""
 
     name: str  # "path/to/kernel", unique in its tree
-    position: int  # in the flattened tree
-    path: tuple[str, ...]  # the keys on the way to it
+    position: int  # the index in the flattened tree
+    path: tuple[str, ...]  # the keys of the nodes above the leaf, and its own
     shape: tuple[int, ...]
     dtype: Any
     num_stacked: int = 0  # leading axes that index separate layers

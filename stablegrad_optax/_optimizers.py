@@ -30,7 +30,7 @@ _TRANSFORMATIONS = ("clip", "normalize per array", "StableGrad")
 
 @dataclass(frozen=True)
 class Chain:
-    """A transformation of the gradient, then an optimizer.
+    """Chains a transformation of the gradient and an optimizer.
 
     ``compare_optimizers`` compiles the two separately, so that all chains with the same
     optimizer, or with the same transformation, use one program for it.
@@ -185,7 +185,7 @@ def _check(learning_rates: Sequence[float]) -> list[float]:
             f"learning_rates must be a sequence of numbers; got {learning_rates!r}."
         )
     rates = sorted({float(rate) for rate in learning_rates})
-    for rate in rates:  # training computes in float32
+    for rate in rates:  # the smallest rate is a normal number of float32
         require_number("learning_rates", rate, at_least=float(np.finfo("f4").tiny))
     if not rates:
         raise ValueError("learning_rates must have at least one; got none.")

@@ -39,6 +39,14 @@ def places(leaves: Sequence[Leaf]) -> list[Indices]:
     return [np.arange(*ends[i : i + 2]) for i in range(len(leaves))]
 
 
+def per_slice(
+    leaves: Sequence[Leaf], value: Callable[[Leaf], npt.ArrayLike], dtype: Any
+) -> npt.NDArray[Any]:
+    """Repeats the values of each leaf for its slices, [slices, ...]."""
+    counts = np.array([leaf.num_slices for leaf in leaves], int)
+    return np.repeat([value(leaf) for leaf in leaves], counts, 0).astype(dtype)
+
+
 def means(
     functions: Sequence[Function], arrays: Sequence[jax.Array], leaves: Sequence[Leaf]
 ) -> list[jax.Array]:

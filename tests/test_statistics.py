@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablegrad_optax import _gradients, _statistics, stablegrad
+from stablegrad_optax import _gradients, _moments, _statistics, stablegrad
 
 # dtype: exponents of ten that the std may have without leaving the dtype's range.
 RANGES = {
@@ -64,8 +64,8 @@ def measure(machine):
     def measure(tree, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
             if machine == "accelerator":
-                patch.setattr(_statistics.lax, "platform_dependent", side_by_side)
-                patch.setattr(_statistics, "_compiled", _statistics._moments)
+                patch.setattr(_moments.lax, "platform_dependent", side_by_side)
+                patch.setattr(_moments, "_compiled", _moments._moments)
             return compiled(tree, **kwargs)
 
     return measure
