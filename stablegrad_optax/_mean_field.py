@@ -18,8 +18,8 @@ Activation = Callable[[jax.Array], ArrayLike]
 _Floats = NDArray[np.float64]
 
 # The nodes are midpoints of equal cells over +-8 standard deviations. The error is the
-# square of the cell for an activation with a kink, where Gauss-Hermite is less accurate,
-# and exponentially small for a smooth one.
+# square of the cell for an activation with a kink, for which Gauss-Hermite is less
+# accurate, and exponentially small for a smooth one.
 _NODES = (np.arange(8000) + 0.5) * 2e-3 - 8.0
 _WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
 

@@ -27,23 +27,24 @@ from stablegrad_optax import (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One way to call one factory, and what is true of the transformation.
+    """Describes one call of a factory, and the properties of the transformation.
 
     Attributes:
-        name: of the test.
-        factory: of the transformation.
-        kwargs: what it is called with.
-        extra_args: what `update` is given beside gradients, state and parameters.
-        static_args: what `optax.inject_hyperparams` must be told is structural.
-        numerical_floors: the arguments that safety must not depend on.
-        lowest_exponent: gradients of 2^lowest_exponent are large beside the floors.
-        degree: from a fresh state, scaling the gradient by c scales a weight's update
-            by c^degree; None: by neither.
-        is_idempotent: a second application, from a fresh state, changes nothing.
-        is_layerwise: a layer's update depends on that layer's gradient alone.
-        is_wrapper: it wraps an optimizer, and its own statistics belong to no array.
-        converges: the problems that SGD with a decaying rate solves behind it. Mean
-            removal cannot reach an optimum off the mean that a weight starts with.
+        name: The name in the tests' ids.
+        factory: The function that makes the transformation.
+        kwargs: Its keyword arguments.
+        extra_args: The extra arguments of `update`.
+        static_args: The structural arguments for `optax.inject_hyperparams`.
+        numerical_floors: The arguments on which safety must not depend.
+        lowest_exponent: Gradients of 2^lowest_exponent are much larger than the floors.
+        degree: From a fresh state, a gradient scaled by c gives a weight's update
+            scaled by c^degree. None if no degree fits.
+        is_idempotent: A second application, from a fresh state, changes nothing.
+        is_layerwise: A layer's update depends on that layer's gradient alone.
+        is_wrapper: The transformation wraps an optimizer, and its own statistics belong
+            to no array.
+        converges: The problems that SGD with a decaying rate solves after the
+            transformation. Mean removal keeps the mean that a weight starts with.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Case:
 
 
 def stacked_by_name(tree: Any) -> Any:
-    """How many axes of a leaf are stacked: one where its path says "stack"."""
+    """Returns one stacked axis for each leaf whose path contains "stack"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: int("stack" in jax.tree_util.keystr(path)), tree
     )
@@ -93,7 +94,7 @@ def skip_spikes_around(
     mask: Any = None,
     num_stacked_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Of stablegrad, which has a state, a mask and stacked axes."""
+    """Wraps stablegrad, which has a state, a mask and stacked axes."""
     inner = stablegrad(mask=mask, num_stacked_axes=num_stacked_axes)
     return skip_spikes(inner, max_deviation, decay=decay, warmup_steps=warmup_steps)
 
@@ -238,12 +239,12 @@ def gradients(seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> An
 
 
 def is_weight(path: Any) -> bool:
-    """Whether a path into `gradients()` leads to a weight."""
+    """Tells whether a path into `gradients()` leads to a weight."""
     return "kernel" in jax.tree_util.keystr(path)
 
 
 def assert_trees_close(actual: Any, expected: Any, **tolerances: float) -> None:
-    """Same structure, dtypes and shapes, and values to 1e-6 unless told otherwise."""
+    """Compares structure, dtypes and shapes, and values to 1e-6 or `tolerances`."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
@@ -253,5 +254,5 @@ def assert_trees_close(actual: Any, expected: Any, **tolerances: float) -> None:
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """The same to the last bit."""
+    """Compares structure, dtypes and shapes, and values to the last bit."""
     assert_trees_close(actual, expected, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Where the tests find the reference data, which the repository does not hold."""
+"""Paths of the reference data, which the repository does not hold."""
 
 import os
 from pathlib import Path

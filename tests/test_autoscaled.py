@@ -214,7 +214,7 @@ def test_autoscale_none_is_mean_removal_alone():
 
 
 def test_a_callable_may_underflow():
-    """To 0: no scale that could fix the exponent, and an honest 0 after it."""
+    """An underflow to 0 does not fix the exponent, and gives 0 after it is fixed."""
     np.testing.assert_allclose(
         alphas([1e-30, 1e-2, 1e-30], lambda std: std * std), [0, 1 / np.e, 0], rtol=1e-5
     )

@@ -1,4 +1,4 @@
-"""What optax's own suites ask of a transformation, of every method."""
+"""Properties that Optax's own test suites check, for every method of this package."""
 
 import functools
 import re
@@ -223,7 +223,7 @@ DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_case
 def test_dtype_is_preserved(case, dtype):
-    """That of the gradients; statistics of 16 bits are kept in float32."""
+    """Updates have the gradients' dtype; statistics of 16 bits are kept in float32."""
     with jax.enable_x64(jnp.dtype(dtype).itemsize * 8 in (64, 128)):
         grads = jax.eval_shape(lambda: gradients(dtype=dtype))
         state = jax.eval_shape(case.tx.init, grads)

@@ -259,17 +259,18 @@ def forward(activation, num_layers=50, width=512, num_inputs=32):
 
 @pytest.mark.parametrize("activation", [jnp.tanh, jnp.sin, jax.nn.selu])
 def test_fifty_layers_keep_the_second_moment(activation):
-    """Those that forget the random factors of a finite width, in every layer."""
+    """These activations forget the random factors of a finite width in every layer."""
     np.testing.assert_allclose(forward(activation), STATED[activation][0], rtol=0.1)
 
 
 @each_activation
 def test_each_layer_maps_the_stationary_state_to_itself(activation):
-    """What holds for all activations: the level is a fixed point of one layer.
+    """The stationary second moment is a fixed point of one layer.
 
-    Independent layers of width 512, each fed with activations in the stationary state.
-    A layer alone differs by up to sqrt(c / 512) = 11 % (the docstring's notes); inputs
-    that share no direction and four layers average that down to about 1 %.
+    Each of several independent layers of width 512 receives activations in the
+    stationary state. A single layer may differ by up to sqrt(c / 512) = 11 %, because
+    its width is finite. Inputs that share no direction and four layers average this
+    difference down to about 1 %.
     """
     sigma = gain(activation, input_second_moment=1.0)
     init = activation_aware_normal(activation)

@@ -374,7 +374,7 @@ def test_equinox():
 
 
 def test_multi_steps_uses_the_reference_of_the_last_micro_step():
-    """Those of the others are dropped: the inner update runs at the last alone."""
+    """The inner update runs only at the last micro-step and sees only its reference."""
     params = initial_params()
     grads = [jax.tree.map(lambda p, k=k: p * k, params) for k in (1.0, 3.0)]
     tx = optax.MultiSteps(stablegrad(reference_std=None), every_k_schedule=2)

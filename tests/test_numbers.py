@@ -1,4 +1,4 @@
-"""What every method makes of hard numbers, and the symmetries that it has."""
+"""Extreme numbers and symmetries, for every method of this package."""
 
 import functools
 
@@ -30,7 +30,7 @@ def assert_finite(tree):
 @pytest.mark.parametrize("without_floor", [False, True], ids=["default", "eps=0"])
 @each_case
 def test_zero_gradients_stay_zero(case, without_floor):
-    """In every dtype, and whether or not eps guards a division."""
+    """Zeros stay zero in every dtype, whether or not eps guards a division."""
     tx = case.make(**dict.fromkeys(case.numerical_floors * without_floor, 0.0))
     zeros = {
         dtype: optax.tree.zeros_like(gradients(dtype=dtype))
@@ -47,7 +47,7 @@ def test_zero_gradients_stay_zero(case, without_floor):
 @pytest.mark.parametrize("scale", [1e-4, 300.0])
 @each_case
 def test_float16_equals_float32_of_the_same_numbers(case, scale):
-    """At 300 the squares overflow in float16, at 1e-4 they underflow."""
+    """Squares in float16 overflow at a scale of 300 and underflow at 1e-4."""
     narrow = gradients(dtype=jnp.float16, scale=scale)
     wide = optax.tree.cast(narrow, jnp.float32)
     expected = optax.tree.cast(case.first_update(wide), jnp.float16)
@@ -156,7 +156,7 @@ def test_gradients_through_the_update_are_finite(case):
 
 @each_method
 def test_derivatives_equal_finite_differences(case):
-    """In float64, where central differences of 1e-5 are right to 1e-8."""
+    """Central differences of 1e-5 are right to 1e-8 in float64."""
     with jax.enable_x64(True):
         grads = gradients(dtype=jnp.float64)["hidden"]
         direction = gradients(1, dtype=jnp.float64)["hidden"]

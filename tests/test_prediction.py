@@ -106,7 +106,7 @@ def measured(per_example):
 
 
 def test_per_example_form_does_not_depend_on_the_batch_size():
-    """From 8 examples to 512; the literal form goes as 1/batch."""
+    """The reference is equal for 8 to 512 examples; without the factor it is not."""
     params, x, target = regression(512)
     whole = measured(per_example=True)(params, x, target)[2]
     for size in (8, 32, 128, 512):

@@ -174,12 +174,12 @@ def test_equinox_default_at_depth_20():
         "last": layers[-1],
     }
     grads = taken_apart(jax.jit(jax.grad(burgers_loss))(params)).values()
-    of_model = eqx.tree_at(
+    model_grads = eqx.tree_at(
         lambda model: [leaf for x in model.layers for leaf in (x.weight, x.bias)],
         eqx.filter(model, eqx.is_inexact_array),
         [leaf for x in grads for leaf in (np.asarray(x["kernel"]).T, x["bias"])],
     )
-    report = gradient_report(of_model)
+    report = gradient_report(model_grads)
     assert report.verdict == "unbalanced between layers"
     assert 1e3 < report.std_ratio < 1e6
     assert report.leaves[0].name == "layers/0/weight"
@@ -573,7 +573,7 @@ def test_five_thousand_leaves_in_a_second():
     grads = {f"layer_{i}": np.ones((8 + i % 97, 8), np.float32) for i in range(5000)}
     grads = jax.block_until_ready(jax.device_put(grads))
     seconds = []
-    for _ in range(3):  # the best of three, for others may use the machine, too
+    for _ in range(3):  # the best of three, because other processes may use the machine
         start = time.process_time()
         str(gradient_report(grads))
         seconds.append(time.process_time() - start)

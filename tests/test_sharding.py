@@ -36,11 +36,11 @@ def mesh(axis_type=AxisType.Auto):
 def put(tree, *spec):
     """On the mesh; the spec is that of a leaf's last axes."""
 
-    def of_leaf(leaf):
+    def sharding(leaf):
         axes = [None] * (leaf.ndim - len(spec)) + list(spec[-leaf.ndim :])
         return NamedSharding(mesh(), PartitionSpec(*axes))
 
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, of_leaf(leaf)), tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), tree)
 
 
 def exact(params, opt_state):
@@ -114,7 +114,7 @@ def test_data_parallel_loop_equals_one_device(how):
 
 
 def collectives(tx, grads, extra_args):
-    """Those of the update's optimized program: always run, and run at need."""
+    """Returns the collectives that an update always runs, and the conditional ones."""
     state = tx.init(grads)
     program = jax.jit(functools.partial(tx.update, **extra_args)).lower(grads, state)
     branches, always = program.compile().as_text().split("\nENTRY ")

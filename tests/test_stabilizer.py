@@ -217,7 +217,7 @@ def test_the_bound_at_every_step_is_attained():
 
 
 def test_the_bound_on_a_spike_is_attained():
-    """By a spike after so long a rest that v remembers nothing but the spike."""
+    """A spike attains the bound after so many small norms that v forgot all others."""
     norms = [1e30] * 10 + [1.0] * 1400 + [1e10]
     bound = 0.4 / np.sqrt(0.1)
     rho = run(norms, gamma2=0.9, bias_correction=False)[-1]
@@ -302,7 +302,7 @@ def test_float16_factors_beyond_its_range():
 
 
 def test_without_memory_it_is_the_unit_norm_of_each_leaf():
-    """At every step, however small or large the gradient."""
+    """The norm is 1 at every step, for small and large gradients."""
     tx = gradient_stabilizer(0.0, 0.0, eps=0.0)
     rng = np.random.default_rng(0)
     grads = {"w": rng.normal(size=(5, 7)), "b": 1e5 * rng.normal(size=7)}

@@ -28,14 +28,14 @@ def spread(g):
 
 
 def factor(*weights, reference=1.0, eps=1e-30):
-    """What the leaves of a layer are multiplied by, weights included if it is one."""
+    """Returns the factor of the leaves that follow these weights, or of one weight."""
     size = sum(g.size for g in weights)
     pooled = np.sqrt(sum(g.size * spread(g) ** 2 for g in weights) / size)
     return reference / (pooled + eps) if pooled else 1.0
 
 
 class Reference:
-    """The update in literal NumPy float64: {layer: {leaf: array}} trees only."""
+    """Computes the update literally in NumPy float64 for {layer: {leaf: array}}."""
 
     def __init__(self, scale_biases=True, max_reference_growth=None):
         self.scale_biases = scale_biases
@@ -43,7 +43,7 @@ class Reference:
         self.means = []  # of the references so far, after the limit
 
     def limit(self, reference):
-        """At most k times the bias-corrected average of what was let through."""
+        """Limits to k times the bias-corrected mean of the limited references."""
         if self.growth is None:
             return reference
         if self.means:
@@ -160,7 +160,7 @@ def test_followers_of_several_weights_take_the_pooled_factor():
 
 
 def test_followers_of_a_zero_weight_keep_their_gradient():
-    """A zero weight has no scale; beside another it counts into the pool as zero."""
+    """A zero weight has no scale, and it counts in the pool of several as zero."""
     grads = {
         "dead": {"kernel": np.zeros((2, 2), "f"), "bias": np.ones(2, "f")},
         "half": {
@@ -175,7 +175,7 @@ def test_followers_of_a_zero_weight_keep_their_gradient():
 
 
 def test_no_scaled_weight_exceeds_ten_references():
-    """A spread that is negligible beside the mean is floored at a tenth of the rms."""
+    """A spread much smaller than the mean is floored at a tenth of the rms."""
     rng = np.random.default_rng(0)
     for offset in (0.0, 1.0, 9.0, 11.0, 1e3, 1e6):
         g = np.float32(rng.normal(size=(8, 8)) + offset)
@@ -438,7 +438,7 @@ def test_nnx_vmapped_layers_are_scaled_slice_by_slice():
 
 
 def test_a_vmapped_ensemble_is_scaled_member_by_member():
-    """The same as `jax.vmap` of the transformation over the members."""
+    """Stacked axes equal `jax.vmap` of the transformation over the members."""
     members = [gradients(seed, scale=10.0**seed) for seed in range(3)]
     grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     tx = stablegrad(num_stacked_axes=1)
@@ -606,7 +606,7 @@ WORDS = {
 
 
 def table():
-    """What `stablegrad()` makes of leaves of every dtype and extreme."""
+    """Returns the updates of `stablegrad()` for leaves of every dtype and scale."""
     rng = np.random.default_rng(0)
     rows, grads = [], []
     for dtype, std, mean in TABLE:

@@ -1,4 +1,4 @@
-"""What the trees of real models are to every method: biases, stacks, masks."""
+"""Trees of real models, with biases, stacked layers and masks, for every method."""
 
 import functools
 from typing import NamedTuple
@@ -47,7 +47,7 @@ BIASES = {  # the model, and how many axes its biases have
 
 @pytest.mark.parametrize("name", BIASES)
 def test_biases_with_axes_are_no_weights(name):
-    """By their own name: each has the factor of its kernel."""
+    """An array named bias has the factor of its kernel, whatever its axes are."""
     make, num_axes = BIASES[name]
     grads = random_like(make())
     named = {
