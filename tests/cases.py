@@ -61,7 +61,7 @@ class Case:
     is_wrapper: bool = False
 
     def make(self, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        """The transformation, with some arguments replaced."""
+        """Makes the transformation, with some arguments replaced."""
         return self.factory(**{**self.kwargs, **kwargs})
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Case:
         return jax.jit(functools.partial(self.tx.update, **self.extra_args))
 
     def first_update(self, grads: Any) -> Any:
-        """The updates that a fresh state gives, as NumPy arrays."""
+        """Returns the updates that a fresh state gives, as NumPy arrays."""
         return jax.tree.map(np.asarray, self.update(grads, self.tx.init(grads))[0])
 
 
@@ -229,7 +229,7 @@ SHAPES = {
 
 
 def gradients(seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
-    """Normal gradients of a layer, a norm without a weight, and two stacked layers."""
+    """Returns gradients of a layer, a norm without a weight, and two stacked layers."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(scale * (rng.normal(size=shape) + 0.3), dtype),

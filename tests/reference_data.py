@@ -9,7 +9,7 @@ _BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
 
 def reference_file(name: str) -> Path:
-    """The file `name` below $STABLEGRAD_DATA or ../shared/data; else skip the test."""
+    """Returns a file of $STABLEGRAD_DATA or ../shared/data, or skips the test."""
     folder = Path(os.environ.get("STABLEGRAD_DATA", _BESIDE_THE_REPOSITORY))
     path = folder / name
     if not path.exists():

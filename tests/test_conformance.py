@@ -521,7 +521,7 @@ def test_no_private_import_of_optax_and_no_front_end_in_the_package():
 
 
 def registry_table():
-    """The registry as tests/README.md lists it."""
+    """Returns the registry as tests/README.md lists it."""
 
     def call(case):
         arguments = [

@@ -12,7 +12,7 @@ from stablegrad_optax import clip_by_history, scale_factors
 
 
 class Reference:
-    """AdaGC's Algorithm 1 line by line in float64, with our edges."""
+    """Computes AdaGC's Algorithm 1 in float64, with this package's edges."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ def updater(**kwargs):
 
 
 def run(norms, **kwargs):
-    """The norms that a sequence of one-element gradients comes out with."""
+    """Returns the norms of the updates for a sequence of one-element gradients."""
     tx = clip_by_history(**kwargs)
 
     def step(state, norm):

@@ -66,7 +66,7 @@ jit_bound = jax.jit(local_decrease_bound, static_argnums=0)
 
 
 def explicit_kernel(apply_fn, params, inputs, factors):
-    """J P J^T with every matrix written out, in NumPy."""
+    """Computes J P J^T in NumPy with every matrix written out."""
     outputs = np.ravel(apply_fn(params, inputs))
     jacobian_of = jax.jacrev(lambda params: apply_fn(params, inputs).ravel())
     jacobians = jax.jit(jacobian_of)(params)
@@ -178,7 +178,7 @@ class Linen(nn.Module):
 
 
 def linear_model(front_end):
-    """A linear layer: its function, its parameters and the name of its kernel."""
+    """Returns a linear layer's function, its parameters and the name of its kernel."""
     if front_end == "linen":
         params = Linen().init(jax.random.key(0), jnp.ones((1, 3)))
         return Linen().apply, params, "params/Dense_0/kernel"

@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def initial_params():
-    """Two dense layers as linen names them."""
+    """Returns two dense layers as linen names them."""
     rng = np.random.default_rng(0)
     return {
         f"Dense_{i}": {
@@ -67,7 +67,7 @@ def optimizer():
 
 @functools.cache
 def plain_step():
-    """The loop that every other one must equal."""
+    """Takes the step that every other loop must equal."""
     tx = optimizer()
     value_and_grad = value_and_grad_with_prediction_std(apply_fn, loss_fn)
 
@@ -84,7 +84,7 @@ def plain_step():
 
 @functools.cache
 def expected():
-    """The parameters after STEPS plain steps, and the last step's factors."""
+    """Returns the parameters after STEPS plain steps, and the last step's factors."""
     tx, step = plain_step()
     params = initial_params()
     opt_state = tx.init(params)
@@ -192,7 +192,7 @@ def test_linen_train_state_as_it_stands():
 
 
 class ExtraArgsTrainState(TrainState):
-    """A TrainState whose apply_gradients hands extra arguments to the optimizer."""
+    """Passes extra arguments of apply_gradients to the optimizer."""
 
     def apply_gradients(self, *, grads, **extra_args):
         updates, opt_state = self.tx.update(
@@ -297,7 +297,7 @@ def test_nnx_optimizer_with_sharding_metadata(case, axis_type):
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("f")
 
     def train(kernel_init):
-        """One step; returns the kernel and the optimizer's state."""
+        """Takes one step and returns the kernel and the optimizer's state."""
         model = nnx.Linear(4, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

@@ -180,7 +180,7 @@ def test_derivatives_equal_finite_differences(case):
 )
 @each_case
 def test_scale_equivariance(case, seed, exponent, mantissa):
-    """update(c g) = c^degree update(g), for c from 1e-18 to 1e18."""
+    """The update of c g equals c^degree update(g) for c from 1e-18 to 1e18."""
     if case.degree is None:
         pytest.skip("neither equivariant nor invariant")
     grads = gradients(seed)

@@ -27,7 +27,7 @@ def field(params, x):
 
 
 def derivatives(params, point):
-    """The first and second derivatives of the field, each f[2]."""
+    """Returns the first and second derivatives of the field, each f[2]."""
 
     def along(axis):
         def first(x):
@@ -39,7 +39,7 @@ def derivatives(params, point):
 
 
 def poisson_loss(params):
-    """u_xx + u_yy = f on the unit square, its boundary weighted by 100."""
+    """Returns the loss of u_xx + u_yy = f on the unit square, boundary times 100."""
     interior = jax.random.uniform(jax.random.key(1), (64, 2))
     side = jnp.linspace(0, 1, 16)
     boundary = jnp.concatenate(
@@ -55,7 +55,7 @@ def poisson_loss(params):
 
 
 def burgers_loss(params):
-    """u_t + u u_x = 0.01 / pi u_xx, with u = -sin(pi x) at t = 0."""
+    """Returns the loss of u_t + u u_x = 0.01 / pi u_xx, u = -sin(pi x) at t = 0."""
     interior = jax.random.uniform(jax.random.key(1), (64, 2), minval=-1)
     start = jnp.stack([jnp.zeros(32), jnp.linspace(-1, 1, 32)], 1)
 
@@ -114,7 +114,7 @@ def test_an_exploding_network():
 
 
 def first_steps(scale, gain, depth=16, steps=100):
-    """The first gradient and the factors of the first steps of training."""
+    """Returns the first gradient and the factors of the first steps of training."""
     params = tanh_network(gain, depth)
     stacked = {"first": 0, "hidden": 1, "last": 0}
     tx = optax.chain(stablegrad(num_stacked_axes=stacked), optax.adamw(1e-3))

@@ -34,7 +34,7 @@ def mesh(axis_type=AxisType.Auto):
 
 
 def put(tree, *spec):
-    """On the mesh; the spec is that of a leaf's last axes."""
+    """Puts a tree on the mesh; the spec is that of a leaf's last axes."""
 
     def sharding(leaf):
         axes = [None] * (leaf.ndim - len(spec)) + list(spec[-leaf.ndim :])
@@ -44,7 +44,7 @@ def put(tree, *spec):
 
 
 def exact(params, opt_state):
-    """All but what is a difference of norms, in which their rounding is magnified."""
+    """Leaves out differences of norms, which magnify the rounding of the norms."""
     rounded = {"deviation": 0, "last_deviation": 0}
     return jax.device_get((params, opt_state._replace(**rounded)))
 

@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 class Reference:
-    """The rule of the docstring, line by line in float64; for one statistic."""
+    """Computes the rule of the docstring in float64 for one statistic."""
 
     def __init__(self, max_deviation=6.0, *, decay=0.99, warmup_steps=100):
         self.most, self.decay, self.warmup = max_deviation, decay, warmup_steps

@@ -22,7 +22,7 @@ DECAY = 0.95
 
 
 def spread(g):
-    """max(sigma, rms / 10), in float64."""
+    """Computes max(sigma, rms / 10) in float64."""
     g = np.asarray(g, np.float64)
     return max(g.std(), np.sqrt(np.mean(g**2)) / 10)
 
@@ -86,7 +86,7 @@ def random_tree(rng):
 
 
 def random_gradients(rng, shapes):
-    """Normal entries of std 1e-8 to 1e8, some with a mean of up to 30 std."""
+    """Draws normal entries of std 1e-8 to 1e8, some with a mean of up to 30 std."""
 
     def leaf(shape):
         offset = rng.choice([0.0, 0.0, 0.5, 30.0])
@@ -412,7 +412,7 @@ def test_a_scanned_net_equals_the_same_net_unrolled():
 
 
 def slices_scaled_alone(tx, grads, num_slices):
-    """Each slice of a stacked tree through the transformation, on its own."""
+    """Transforms each slice of a stacked tree on its own."""
     update = jax.jit(tx.update)
     parts = []
     for i in range(num_slices):
@@ -630,7 +630,7 @@ def table():
 
 
 def scaled(tx, grads):
-    """Each gradient as a weight of its own, in double precision afterwards."""
+    """Transforms each gradient as a weight and returns it in double precision."""
     with jax.enable_x64(True):
         updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
     return [

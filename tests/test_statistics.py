@@ -25,12 +25,12 @@ RANGES = {
 
 
 def wide(g):
-    """The stored numbers, in float64 or complex128."""
+    """Returns the stored numbers in float64 or complex128."""
     return np.asarray(g).astype(np.complex128 if np.iscomplexobj(g) else np.float64)
 
 
 def true_spread(g):
-    """max(std, rms / 10) of the stored numbers, with no square out of range."""
+    """Computes max(std, rms / 10) of the stored numbers, with squares in range."""
     g = wide(g)
     largest = np.max(np.abs(g))
     g = g / largest
@@ -51,7 +51,7 @@ def machine(request):
 
 @pytest.fixture(scope="module")
 def measure(machine):
-    """A statistic of a list of leaves, by the sums of either kind of machine."""
+    """Returns a function that measures leaves by the sums of either kind of machine."""
 
     @functools.partial(jax.jit, static_argnames=("which", "num_stacked"))
     def compiled(tree, which="spreads", num_stacked=0):

@@ -106,7 +106,7 @@ def test_a_scanned_net_equals_the_unrolled_one(case):
 
 
 class Module(eqx.Module):
-    """A pytree that is callable, as every Equinox model is."""
+    """Is a callable pytree, as every Equinox model is."""
 
     layer: eqx.nn.Linear
 
