@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablegrad_optax._checks import require_number
+from stablegrad_optax._moments import square
 from stablegrad_optax._numerics import safe_sqrt, statistics_dtype
 
 PyTree = Any
@@ -95,15 +96,11 @@ def prediction_grad_std(
     arrays = [array / unit.astype(dtype) for array in arrays]
     size = num_devices * sum(array.size for array in arrays)
     mean = over_all(jax.lax.psum, [jnp.sum(array) for array in arrays]) / size
-    squares = [jnp.sum(_abs_squared(array - mean)) for array in arrays]
+    squares = [jnp.sum(square(array - mean)) for array in arrays]
     std = safe_sqrt(over_all(jax.lax.psum, squares) / size) * unit / num_devices
     if num_examples is not None:
         std = std * jnp.asarray(num_examples, std.dtype)
     return std
-
-
-def _abs_squared(x: jax.Array) -> jax.Array:
-    return (x * x.conj()).real
 
 
 def value_and_grad_with_prediction_std(

@@ -18,13 +18,14 @@ from flax import nnx
 from scipy import stats
 
 from stablegrad_optax import compare_optimizers, default_optimizers
-from stablegrad_optax._comparison import Comparison, OptimizerRuns, compare
+from stablegrad_optax._comparison import Comparison, compare
 from stablegrad_optax._optimizers import (
     complexity,
     learning_rates_by_name,
     next_rate,
 )
 from stablegrad_optax._ranking import choose_rate, rank_test, seeds_to_decide
+from stablegrad_optax._runs import OptimizerRuns
 from stablegrad_optax._training import Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
