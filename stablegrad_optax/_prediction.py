@@ -149,21 +149,37 @@ def value_and_grad_with_prediction_std(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> import stablegrad_optax
+      >>> from stablegrad_optax import prediction_grad_std, stablegrad
+      >>> from stablegrad_optax import value_and_grad_with_prediction_std
       >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
       >>> inputs = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
       >>> targets = jnp.zeros((3, 2))
-      >>> f = stablegrad_optax.value_and_grad_with_prediction_std(
+      >>> f = value_and_grad_with_prediction_std(
       ...     lambda params, x: x @ params["kernel"],
       ...     lambda y, target: jnp.mean((y - target) ** 2),
       ... )
       >>> loss, grads, sigma_out = f(params, inputs, targets)
-      >>> tx = optax.chain(stablegrad_optax.stablegrad(None), optax.sgd(0.1))
+      >>> tx = optax.chain(stablegrad(None), optax.sgd(0.1))
       >>> updates, state = tx.update(
       ...     grads, tx.init(params), params, prediction_grad_std=sigma_out
       ... )
       >>> print(f"{loss:.3f} {sigma_out:.4f}")
       13.667 0.5329
+
+      For u'' = -1 with u(0) = 0, the predictions are the residuals, or u itself:
+
+      >>> def u(params, x):
+      ...     return jnp.tanh(x * params["a"]).sum()
+      >>> def residuals(params, x):
+      ...     u_xx = jax.vmap(jax.grad(jax.grad(u, 1), 1), (None, 0))
+      ...     return {"pde": u_xx(params, x) + 1, "boundary": u(params, 0.0)}
+      >>> def loss_fn(r):
+      ...     return jnp.mean(r["pde"] ** 2) + 100 * r["boundary"] ** 2
+      >>> f = value_and_grad_with_prediction_std(residuals, loss_fn)
+      >>> params, x = {"a": jnp.array([0.5, 2.0])}, jnp.linspace(0.0, 1.0, 8)
+      >>> loss, grads, sigma_out = f(params, x)
+      >>> dL_dr = jax.grad(loss_fn)(residuals(params, x))
+      >>> sigma_out = prediction_grad_std(dL_dr["boundary"])
 
     References:
       Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
