@@ -35,7 +35,7 @@ def activation_aware_normal(
     * ``"signal"`` solves :math:`E[f(z)^2] = 1`, or :math:`\mathrm{Var}[f(z)] = V / 2`
       if :math:`V = \sup_q \mathrm{Var}[f(z)] < 1 / 0.98`, for the smallest :math:`q`,
       with :math:`g = \sqrt{q / E[a^2]}` for the layer's input :math:`a`. Activations
-      keep their scale.
+      keep their scale, and the gradients of a deep network of tanh or sin grow.
 
     ==========  =================  =================  ==============
     activation  gain, "gradient"   gain, "signal"     :math:`E[a^2]`
@@ -52,7 +52,8 @@ def activation_aware_normal(
     ==========  =================  =================  ==============
 
     The ``"gradient"`` rule is that of Schoenholz et al. The ``"signal"`` rule is a
-    choice of this package.
+    choice of this package. The formula of the activation-aware initializer in the
+    StableGrad paper was not available to this project.
 
     Args:
       activation: The activation that *follows* the layer, any elementwise callable. It
@@ -85,6 +86,9 @@ def activation_aware_normal(
     References:
       Schoenholz et al., `Deep Information Propagation
       <https://arxiv.org/abs/1611.01232>`_, 2017
+
+      Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
+      <https://arxiv.org/abs/2605.19856>`_, 2026
     """
     if not callable(activation):
         raise ValueError(
