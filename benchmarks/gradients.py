@@ -7,7 +7,7 @@ Equinox and PyTorch, whose gradients differ by orders of magnitude between layer
 import sys
 
 if __name__ == "__main__":
-    from benchmarks.lib.start import start
+    from benchmarks import start
 
     sys.exit(start("benchmarks.gradients"))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.disturbances import Disturbance
 from stablegrad_optax import prediction_grad_std
 

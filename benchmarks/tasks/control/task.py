@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.control import ppo
 from benchmarks.tasks.control.environments import Environment
 from benchmarks.tasks.control.models import ActorCritic

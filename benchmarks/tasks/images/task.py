@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.images.data import Data, Images, Split
 from stablegrad_optax import value_and_grad_with_prediction_std
 

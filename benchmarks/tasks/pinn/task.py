@@ -6,7 +6,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.pinn.ansatz import Derivatives, SecondOrder
 from benchmarks.tasks.pinn.network import Network, Params
 from benchmarks.tasks.pinn.problems import Problem, relative_l2
