@@ -1,6 +1,7 @@
 """Gradient transformations that are compared and are neither in the package nor in Optax."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,22 +13,17 @@ from stablegrad_optax import stablegrad
 ZCLIP_EPS = 1e-6  # beside the standard deviation, as released
 
 
-def stablegrad_by_name(
-    *args: Any, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Returns StableGrad; a module whose name starts with `stack_` holds many layers.
+def stacked_by_name(tree: Any) -> Any:
+    """Returns 1 for arrays below a module `stack_...`, which holds many layers, else 0.
 
-    Args:
-        *args: Of `stablegrad`.
-        **options: Of `stablegrad`.
+    This is a function as `num_stacked_axes` takes it.
     """
+    return jax.tree.map_with_path(
+        lambda path, _: int("stack_" in jax.tree_util.keystr(path)), tree
+    )
 
-    def num_stacked_axes(tree: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: int("stack_" in jax.tree_util.keystr(path)), tree
-        )
 
-    return stablegrad(*args, num_stacked_axes=num_stacked_axes, **options)
+stablegrad_by_name = partial(stablegrad, num_stacked_axes=stacked_by_name)
 
 
 def stablegrad_by_probe(probe: str, **options: Any) -> optax.GradientTransformationExtraArgs:

@@ -16,7 +16,7 @@ import jax
 import optax
 from optax import contrib
 
-from benchmarks.lib import methods
+from benchmarks.lib import methods, optax_optimizers
 from benchmarks.lib.soap import soap
 from stablegrad_optax import (
     clip_by_history,
@@ -95,6 +95,11 @@ BASES: dict[str, Base] = {
     "Muon (warm-up)": Base(_muon, _MUON_RATES, warm_up=True),
     "Muon (eps=1e-30)": Base(partial(_muon, eps=1e-30), _MUON_RATES),
     "SOAP": Base(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    # All of Optax, in the spelling of Optax, for the suite `optimizers`.
+    **{
+        f"optax.{name}": Base(factory, (1e-3, 1e-2, 1e-1, 1.0))
+        for name, factory in optax_optimizers.factories().items()
+    },
 }
 
 _clip = partial(optax.clip_by_global_norm, 1.0)

@@ -53,7 +53,8 @@ class Page:
         shown: Preset -> the names of its figures; by default `seeds`.
         drawings: Further figures by name; each draws one of a preset, or nothing.
         sections: Further Markdown behind the tables of a preset; each may be empty.
-        ending: Measurements -> Markdown behind the presets.
+        ending: (measurements, preset -> table) -> Markdown behind the presets.
+        has_score_tables: Whether each problem has its own table.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Page:
     )
     sections: Sequence[Callable[[Table], str]] = ()
     ending: Callable[[Sequence[Record], Mapping[str, Table]], str] | None = None
+    has_score_tables: bool = True
 
     @classmethod
     def default(cls, suite: Suite) -> "Page":
@@ -162,12 +164,12 @@ class _Preset:
             yield f"{inspect.getdoc(self._choose)}\n"
         if note := page.notes.get(self._preset):
             yield f"{note}\n"
-        yield overview_table(self.table)
+        yield overview_table(self.table) if page.has_score_tables else ""
         for path in paths:
             if path.name.startswith(stem):
                 yield f"![{path.stem}]({path.name})\n"
         yield from (section(self.table) for section in page.sections)
-        for problem, column in self.table.items():
+        for problem, column in self.table.items() if page.has_score_tables else ():
             yield f"### {page.name(problem)}\n\n{score_table(column)}"
         if self._sweeps:
             yield RATES_CAPTION

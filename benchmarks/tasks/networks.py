@@ -1,10 +1,10 @@
-"""Small networks of many kinds, from healthy to hopeless, and what each is trained on.
+"""Small networks of many kinds, from healthy to hopeless, and their training data.
 
-A score is relative: 1 is what the mean of the targets, or a guess, scores.
+Errors are relative: 1 is the error of the mean of the targets, or of a guess. A module
+whose name starts with `stack_` holds many layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -16,36 +16,14 @@ import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from benchmarks.tasks.functions import FunctionTask
+
 PyTree = Any
 Array = jax.Array
 BATCH = 32
-FAILURE = 0.9  # a relative score
 
 he = nn.initializers.he_normal()
 lecun = nn.initializers.lecun_normal()
-
-
-@dataclass(frozen=True)
-class Network:
-    """What `compare_optimizers` trains.
-
-    Attributes:
-        family: MLP, CNN, transformer, recurrent, ensemble or PINN.
-        init: key -> parameters.
-        loss: (parameters, batch) -> f[].
-        sample: key -> batch.
-        score: parameters -> f[], relative.
-        num_stacked_axes: as `gradient_report` takes it.
-        steps: how long it is trained.
-    """
-
-    family: str
-    init: Callable[[Array], PyTree]
-    loss: Callable[[PyTree, Any], Array]
-    sample: Callable[[Array], Any]
-    score: Callable[[PyTree], Array]
-    num_stacked_axes: Any = None
-    steps: int = 200
 
 
 # Digits: images as vectors, as images, as sequences of rows or of pixels.
@@ -65,15 +43,13 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def of_digits(
-    family: str,
+def classifier(
     model: nn.Module,
     view: Callable[[Array], Array] = lambda images: images.reshape(len(images), -1),
     scale: float = 1.0,
     batch_size: int = BATCH,
-    steps: int = 200,
-) -> Network:
-    """Classify digits; the loss times `scale`."""
+) -> FunctionTask:
+    """Classifies digits; the loss is multiplied by `scale`."""
     x_train, x_test, y_train, y_test = digits()
 
     def sample(key: Array) -> tuple[Array, Array]:
@@ -85,16 +61,14 @@ def of_digits(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
         return scale * losses.mean()
 
-    def score(params: PyTree) -> Array:
+    def error(params: PyTree) -> Array:
         logits = model.apply(params, view(jnp.asarray(x_test)))
         return jnp.mean(logits.argmax(-1) != y_test) / 0.9  # a guess has 0.9
 
     def init(key: Array) -> PyTree:
         return model.init(key, view(jnp.asarray(x_train[:2])))
 
-    layers = jax.eval_shape(init, jax.random.key(0))["params"]
-    stacked = {name: int(name.startswith("stack_")) for name in layers}
-    return Network(family, init, loss, sample, score, {"params": stacked}, steps)
+    return FunctionTask(init, loss, sample, error)
 
 
 class MLP(nn.Module):
@@ -232,8 +206,8 @@ def words(images: Array) -> Array:
 # A physics-informed network: u_xx + u_yy = f on the unit square, zero on its boundary.
 
 
-def of_poisson(depth: int, gain: float | None, width: int = 32) -> Network:
-    """tanh; hidden weights N(0, gain^2/fan_in), or all uniform as PyTorch has them."""
+def poisson(depth: int, gain: float | None, width: int = 32) -> FunctionTask:
+    """Uses tanh; hidden weights are N(0, gain^2/fan_in), or all uniform as in PyTorch."""
 
     def layer(key: Array, n_in: int, n_out: int, stack: tuple[int, ...] = ()) -> PyTree:
         w, b = jax.random.split(key)
@@ -254,7 +228,7 @@ def of_poisson(depth: int, gain: float | None, width: int = 32) -> Network:
         first, hidden, last = jax.random.split(key, 3)
         return {
             "first": layer(first, 2, width),
-            "hidden": layer(hidden, width, width, (depth - 2,)),
+            "stack_0": layer(hidden, width, width, (depth - 2,)),
             "last": layer(last, width, 1),
         }
 
@@ -263,7 +237,7 @@ def of_poisson(depth: int, gain: float | None, width: int = 32) -> Network:
             return jnp.tanh(x @ layer["kernel"] + layer["bias"]), None
 
         x, _ = step(x, params["first"])
-        x, _ = jax.lax.scan(step, x, params["hidden"])
+        x, _ = jax.lax.scan(step, x, params["stack_0"])
         return (x @ params["last"]["kernel"] + params["last"]["bias"])[0]
 
     def exact(x: Array) -> Array:
@@ -295,32 +269,33 @@ def of_poisson(depth: int, gain: float | None, width: int = 32) -> Network:
     side = jnp.linspace(0, 1, 21)
     grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
 
-    def score(params: PyTree) -> Array:
-        error = jax.vmap(partial(field, params))(grid) - exact(grid)
-        return jnp.linalg.norm(error) / jnp.linalg.norm(exact(grid))
+    def error(params: PyTree) -> Array:
+        difference = jax.vmap(partial(field, params))(grid) - exact(grid)
+        return jnp.linalg.norm(difference) / jnp.linalg.norm(exact(grid))
 
-    stacked = {"first": 0, "hidden": 1, "last": 0}
-    return Network("PINN", init, loss, sample, score, stacked)
+    return FunctionTask(init, loss, sample, error)
 
 
-def of_ensemble(dead: bool) -> Network:
-    """Five members of depth 6 in stacked leaves; the last may have no gradient."""
-    one = of_digits("ensemble", MLP(6))
+def ensemble(dead: bool) -> FunctionTask:
+    """Trains five members of depth 6 in stacked arrays; the last may have no gradient."""
+    one = classifier(MLP(6))
 
     def init(key: Array) -> PyTree:
-        params = jax.vmap(one.init)(jax.random.split(key, 5))
+        params = jax.vmap(one.draw)(jax.random.split(key, 5))
         keep = jnp.arange(5) < (4 if dead else 5)
-        return jax.tree.map(
-            lambda x: x * keep.reshape((-1,) + (1,) * (x.ndim - 1)), params
-        )
+        return {
+            "stack_0": jax.tree.map(
+                lambda x: x * keep.reshape((-1,) + (1,) * (x.ndim - 1)), params
+            )
+        }
 
     def loss(params: PyTree, batch: Any) -> Array:
-        return jnp.mean(jax.vmap(one.loss, (0, None))(params, batch))
+        return jnp.mean(jax.vmap(one.loss, (0, None))(params["stack_0"], batch))
 
-    def score(params: PyTree) -> Array:
-        return jnp.mean(jax.vmap(one.score)(params)[: 4 if dead else 5])
+    def error(params: PyTree) -> Array:
+        return jnp.mean(jax.vmap(one.error)(params["stack_0"])[: 4 if dead else 5])
 
-    return Network("ensemble", init, loss, one.sample, score, 1)
+    return FunctionTask(init, loss, one.sample, error)
 
 
 def _uniform() -> Any:
@@ -335,15 +310,15 @@ def _times(gain: float) -> Any:
     return nn.initializers.variance_scaling(2 * gain**2, "fan_in", "normal")
 
 
-mlp = partial(of_digits, "MLP")
-# These take far longer a step.
-short = {"batch_size": 16, "steps": 100}
-cnn = partial(of_digits, "CNN", view=maps, **short)
-transformer = partial(of_digits, "transformer", view=rows, **short)
-recurrent = partial(of_digits, "recurrent")
+mlp = classifier
+cnn = partial(classifier, view=maps, batch_size=16)
+transformer = partial(classifier, view=rows, batch_size=16)
+recurrent = classifier
 torch = {"kernel_init": _uniform(), "bias_init": _small_bias}
 
-NETWORKS: dict[str, Callable[[], Network]] = {
+# A step of a convolutional net or a transformer takes far longer than the others'.
+STEPS = {"CNN": 100, "transformer": 100}
+NETWORKS: dict[str, Callable[[], FunctionTask]] = {
     "MLP 4": lambda: mlp(MLP(4)),
     "MLP 12": lambda: mlp(MLP(12)),
     "MLP 24": lambda: mlp(MLP(24)),
@@ -376,14 +351,25 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "GRU, 64 steps": lambda: recurrent(Recurrent(nn.GRUCell(32)), pixels),
     "tanh RNN, 8 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), rows),
     "tanh RNN, 64 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), pixels),
-    "five MLPs": lambda: of_ensemble(dead=False),
-    "five MLPs, one dead": lambda: of_ensemble(dead=True),
-    "Poisson 4": lambda: of_poisson(4, 1.0),
-    "Poisson 16": lambda: of_poisson(16, 1.0),
-    "Poisson 16, gain 5/3": lambda: of_poisson(16, 5 / 3),
-    "Poisson 32, gain 5/3": lambda: of_poisson(32, 5 / 3),
-    "Poisson 16, gain 1/2": lambda: of_poisson(16, 0.5),
-    "Poisson 12, Equinox": lambda: of_poisson(12, None),
-    "Poisson 20, Equinox": lambda: of_poisson(20, None),
-    "Poisson 32, Equinox": lambda: of_poisson(32, None),
+    "five MLPs": lambda: ensemble(dead=False),
+    "five MLPs, one dead": lambda: ensemble(dead=True),
+    "Poisson 4": lambda: poisson(4, 1.0),
+    "Poisson 16": lambda: poisson(16, 1.0),
+    "Poisson 16, gain 5/3": lambda: poisson(16, 5 / 3),
+    "Poisson 32, gain 5/3": lambda: poisson(32, 5 / 3),
+    "Poisson 16, gain 1/2": lambda: poisson(16, 0.5),
+    "Poisson 12, Equinox": lambda: poisson(12, None),
+    "Poisson 20, Equinox": lambda: poisson(20, None),
+    "Poisson 32, Equinox": lambda: poisson(32, None),
 }
+
+
+def steps(name: str) -> int:
+    """Returns how long a network is trained."""
+    return STEPS.get(name.split(" ")[0], 200)
+
+
+@cache  # one object for each: programs are compiled for an object
+def network(name: str) -> FunctionTask:
+    """Returns the task with a name of `NETWORKS`."""
+    return NETWORKS[name]()
