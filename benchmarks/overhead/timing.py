@@ -10,7 +10,7 @@ import optax
 
 from benchmarks.lib.timing import Times, interleave
 from benchmarks.overhead import trees
-from benchmarks.overhead.arms import ARMS, BASELINE, Arm
+from benchmarks.overhead.optimizers import BASELINE, CHAINS, Chain
 from benchmarks.overhead.programs import State, step_of, temporary_bytes
 
 
@@ -24,19 +24,19 @@ class Update(NamedTuple):
 def time_updates(
     shapes: trees.Shapes,
     dtype: jnp.dtype,
-    arms: list[str],
+    names: list[str],
     rounds: int,
-    on_compile: Callable[[str], None] = lambda arm: None,
+    on_compile: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Update]:
     """The arms on one tree. All share one copy of parameters and moments."""
     grads = trees.normal(shapes, dtype)
     shared = _Shared(optax.scale_by_adam().init(grads), jax.tree.map(jnp.copy, grads))
     stretches, temporary = {}, {}
-    for name in arms:
+    for name in names:
         on_compile(name)
-        stretches[name], temporary[name] = _stretch(ARMS[name], grads, shared)
+        stretches[name], temporary[name] = _stretch(CHAINS[name], grads, shared)
     times = interleave(stretches, rounds, BASELINE)
-    return {name: Update(times[name], temporary[name]) for name in arms}
+    return {name: Update(times[name], temporary[name]) for name in names}
 
 
 class _Shared:
@@ -47,7 +47,7 @@ class _Shared:
 
 
 def _stretch(
-    arm: Arm, grads: trees.Tree, shared: _Shared
+    arm: Chain, grads: trees.Tree, shared: _Shared
 ) -> tuple[Callable[[int], None], int]:
     before, optimizer = arm.parts()
     state = State(before.init(grads), jax.eval_shape(optimizer.init, grads))
