@@ -8,7 +8,7 @@ StableGrad before Muon. Prints the errors against the exact solution and saves a
 import sys
 
 if __name__ == "__main__":
-    from benchmarks.lib.start import start
+    from benchmarks import start
 
     sys.exit(start("benchmarks.demo"))
 
@@ -40,10 +40,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks.lib import figures
-from benchmarks.lib.arms import Arm
+from benchmarks.report import figures
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.command_line import fail, parse
-from benchmarks.lib.histories import History, train_together
+from benchmarks.lib.curves import History, train_together
 from benchmarks.lib.machine import provenance
 from benchmarks.lib.train import Moment, Rule, Training, record_steps
 from benchmarks.tasks.pinn.network import Network
@@ -58,8 +58,8 @@ from benchmarks.tasks.pinn.task import (
 )
 
 PROG = "python -m benchmarks.demo"
-SHOWN = "StableGrad | Muon"  # whose gradients and solution the figure shows
-ARMS = ("none | AdamW b2=0.9", "none | Muon", "clip 1 | Muon", SHOWN)
+SHOWN = "StableGrad + Muon"  # whose gradients and solution the figure shows
+ARMS = ("AdamW (b2=0.9)", "Muon", "clip + Muon", SHOWN)
 DEPTH = {"poisson": 50, "burgers": 16}
 STEPS = {"poisson": 1500, "burgers": 3000}
 AGREEMENT = 1e-3  # the scores against Cole-Hopf and against a file
@@ -198,7 +198,7 @@ def run(
     trainings = {
         arm: Training(
             Pinn(problem, network),
-            Rule(Arm.of(arm), steps),
+            Rule(Optimizer.named(arm), steps),
             record_steps(steps),
             evaluation(problem),
         )

@@ -239,9 +239,7 @@ def _describe(first: Run, records: Sequence[Record]) -> str:
     )
 
 
-def measure_missing(
-    suite: Suite, preset: Preset, path: Path, console: Console
-) -> None:
+def measure_missing(suite: Suite, preset: Preset, path: Path, console: Console) -> None:
     """Measures the problems of a preset that `path` holds no measurement of.
 
     Each measurement is written when it is done.

@@ -26,7 +26,9 @@ def stacked_by_name(tree: Any) -> Any:
 stablegrad_by_name = partial(stablegrad, num_stacked_axes=stacked_by_name)
 
 
-def stablegrad_by_probe(probe: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+def stablegrad_by_probe(
+    probe: str, **options: Any
+) -> optax.GradientTransformationExtraArgs:
     """Returns StableGrad with the paper's reference, the prediction gradient's std.
 
     Its `update` takes the reference from the task's probes and not by the name

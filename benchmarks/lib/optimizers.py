@@ -186,7 +186,9 @@ class Optimizer:
 
     @property
     def name(self) -> str:
-        return self.base if self.method == NONE else f"{self.method}{SEPARATOR}{self.base}"
+        return (
+            self.base if self.method == NONE else f"{self.method}{SEPARATOR}{self.base}"
+        )
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -59,7 +59,9 @@ class Rule:
     ) -> optax.GradientTransformationExtraArgs:
         """Returns the transformation with this highest learning rate."""
         warm_up = self.warm_up or BASES[self.optimizer.base].warm_up
-        tx = self.optimizer(schedule(self.steps, rate, warm_up=warm_up), self.weight_decay)
+        tx = self.optimizer(
+            schedule(self.steps, rate, warm_up=warm_up), self.weight_decay
+        )
         if self.skip_nonfinite:
             tx = optax.apply_if_finite(tx, max_consecutive_errors=self.steps)
         return tx

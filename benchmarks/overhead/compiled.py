@@ -18,13 +18,17 @@ def measure(compiler: Compiler, chain: Chain, tree: trees.Tree) -> dict[str, Any
     about = {"compiler": compiler.version, "gradient_bytes": _num_bytes(tree)}
     try:
         return (
-            about | _on_one_device(compiler, chain, tree) | _on_mesh(compiler, chain, tree)
+            about
+            | _on_one_device(compiler, chain, tree)
+            | _on_mesh(compiler, chain, tree)
         )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return about | {"error": str(error).split("\n")[0]}
 
 
-def _on_one_device(compiler: Compiler, chain: Chain, tree: trees.Tree) -> dict[str, Any]:
+def _on_one_device(
+    compiler: Compiler, chain: Chain, tree: trees.Tree
+) -> dict[str, Any]:
     def trace() -> jax.stages.Lowered:
         return programs.lower(chain, tree, lambda leaf: compiler.device)
 

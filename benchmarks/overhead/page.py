@@ -231,7 +231,11 @@ def _draw(
     ax: Axes, records: Records, first: Key, value: Callable[[Record, Record], float]
 ) -> None:
     """Draws a ratio to AdamW by tree: filled markers float32, open ones bfloat16."""
-    known = [t for t in trees.TREES if any(k[: len(first) + 1] == (*first, t) for k in records)]
+    known = [
+        t
+        for t in trees.TREES
+        if any(k[: len(first) + 1] == (*first, t) for k in records)
+    ]
     names = [name for name in CHAINS if name != BASELINE]
     for index, name in enumerate(names):
         is_method = name in METHODS_OF_THE_PACKAGE
@@ -252,14 +256,19 @@ def _draw(
             look = {} if is_filled else {"markerfacecolor": "none"}
             if points:
                 label = name if is_filled else None
-                ax.plot(list(points), list(points.values()), **style, **look, label=label)
+                ax.plot(
+                    list(points), list(points.values()), **style, **look, label=label
+                )
     ax.axhline(1, color="0.5", linewidth=1)
     titles = [trees.TREES[tree][0] for tree in known]
     ax.set_xticks(range(len(known)), titles, rotation=20, ha="right")
     ax.grid(axis="y", alpha=0.3)
 
 
-def _figure(panels: Mapping[str, tuple[Key, Callable[[Record, Record], float]]], records: Records) -> Figure:
+def _figure(
+    panels: Mapping[str, tuple[Key, Callable[[Record, Record], float]]],
+    records: Records,
+) -> Figure:
     figure, axes = figures.panels(len(panels), 4.5)
     handles: dict[str, object] = {}
     for ax, (title, (first, value)) in zip(axes, panels.items(), strict=True):

@@ -95,7 +95,9 @@ def kernels_per_leaf(
 
     def count(num_leaves: int) -> Kernels:
         shapes = trees.equal(num_leaves, (width, width))
-        return kernels(compile_step(chain, trees.abstract(shapes, jnp.dtype("float32"))))
+        return kernels(
+            compile_step(chain, trees.abstract(shapes, jnp.dtype("float32")))
+        )
 
     few, many, leaves = count(first), count(second), second - first
     return Kernels(*((b - a) / leaves for a, b in zip(few, many, strict=True)))

@@ -214,7 +214,10 @@ def depth_figure(
     if not groups:
         return None
     names = in_order(
-        name for group in groups.values() for column in group.values() for name in column
+        name
+        for group in groups.values()
+        for column in group.values()
+        for name in column
     )
     figure, axes = panels(len(groups), 2.6, sharey=True)
     for ax, (title, group) in zip(axes, groups.items(), strict=True):

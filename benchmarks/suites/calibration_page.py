@@ -74,10 +74,7 @@ def _row(measured: Record, column: Column) -> list[str]:
         f"{measured['below_adam_eps']:.0%}",
         measured["verdict"],
         measured["verdict_with_history"],
-        *(
-            f"{_median(_errors(column[name])):.3g}"
-            for name in (BASELINE, *REMEDIES)
-        ),
+        *(f"{_median(_errors(column[name])):.3g}" for name in (BASELINE, *REMEDIES)),
         ", ".join(helps(column)) or "none",
     ]
 

@@ -79,7 +79,10 @@ SOLVERS_RATES = {
     "Muon": (4e-3, 8e-3, 1.6e-2),
     "SOAP": (3e-3, 1e-2, 3e-2),
 }
-AT_ANY_DEPTH = ("AdamW", *chains(["clip", "StableGrad", "normalize per array"], ["Muon"]))
+AT_ANY_DEPTH = (
+    "AdamW",
+    *chains(["clip", "StableGrad", "normalize per array"], ["Muon"]),
+)
 DEPTH_RATES = {"Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}  # of the others all of theirs
 # Deep nets have their best rates lower: each set goes one step further down, for all
 # optimizers of the base. Lion's needs none.
@@ -212,7 +215,9 @@ PRESETS = {
         entries(
             "smoke",
             _problems("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
-            chains(["none", "StableGrad", "StableGrad (reference: residuals)"], ["AdamW"]),
+            chains(
+                ["none", "StableGrad", "StableGrad (reference: residuals)"], ["AdamW"]
+            ),
         ),
         SMOKE,
         "seconds",
@@ -274,7 +279,8 @@ PRESETS = {
                 (
                     *BEFORE_SOAP,
                     *chains(
-                        ["normalize all arrays together", "GradientStabilizer"], ["Muon"]
+                        ["normalize all arrays together", "GradientStabilizer"],
+                        ["Muon"],
                     ),
                     "StableGrad + AdamW (b2=0.9)",
                 ),

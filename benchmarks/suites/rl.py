@@ -70,7 +70,12 @@ PRESETS = {
             "smoke",
             [
                 _problem(
-                    "CartPole-v1", copies=2, horizon=8, minibatches=2, epochs=2, rollouts=5
+                    "CartPole-v1",
+                    copies=2,
+                    horizon=8,
+                    minibatches=2,
+                    epochs=2,
+                    rollouts=5,
                 )
             ],
             OPTIMIZERS[:3],

@@ -40,5 +40,7 @@ better than none beyond the seeds.**""",
     Quantity("return", "return", form=".3g", missing=0.0, higher_is_better=True),
     BREAKOUT.failure_return,
     shown={"cpu": ("seeds", "curves")},
-    drawings={"curves": partial(curves_figure, label=lambda p: _label(*p), key="return")},
+    drawings={
+        "curves": partial(curves_figure, label=lambda p: _label(*p), key="return")
+    },
 )

@@ -151,7 +151,9 @@ def _sweeps(table: Table) -> Sweeps:
         for problem, by_name in sweeps.items()
     }
     return {
-        problem: {name: dict(sorted(by_name[name].items())) for name in in_order(by_name)}
+        problem: {
+            name: dict(sorted(by_name[name].items())) for name in in_order(by_name)
+        }
         for problem, by_name in wide.items()
         if by_name
     }
@@ -197,12 +199,6 @@ def _recovery(table: Table) -> Figure | None:
     return figure
 
 
-def _errors(table: Table) -> Figure | None:
-    """Draws every seed of the problems with tuned learning rates."""
-    tuned = {p: column for p, column in table.items() if p[-1] == "tuned"}
-    return figures.seeds_figure(tuned, _name) if tuned else None
-
-
 PAGE = Page(
     "Spikes, low precision, corrupted inputs and decay in the gradient",
     """\
@@ -230,7 +226,7 @@ the blocks' linear layers by straight-through estimation.""",
         "remedies-million": "Wrong labels in a decoder thirty times as large.",
     },
     shown={
-        "cpu": ("rates", "recovery", "errors"),
+        "cpu": ("rates", "recovery"),
         **dict.fromkeys(
             ("million", "remedies", "remedies-million", "smoke"), ("recovery",)
         ),
@@ -238,7 +234,6 @@ the blocks' linear layers by straight-through estimation.""",
     drawings={
         "rates": lambda table: rates_figure(_sweeps(table), _name),
         "recovery": _recovery,
-        "errors": _errors,
     },
     sections=(_excess_tables, _alarm_tables, _rates_tables),
 )

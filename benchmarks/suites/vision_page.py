@@ -13,7 +13,9 @@ def _label(
 ) -> str:
     with_norm = "with BatchNorm" if norm == "batch" else "without BatchNorm"
     how = rate if rate.startswith("tuned") else f"learning rate {rate}"
-    return f"{data}, {model} {with_norm}, width {width}, {how}, {steps} steps of {batch}"
+    return (
+        f"{data}, {model} {with_norm}, width {width}, {how}, {steps} steps of {batch}"
+    )
 
 
 PAGE = Page(

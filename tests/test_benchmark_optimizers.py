@@ -1,4 +1,4 @@
-"""The vocabulary of arms, and the treatments that are neither ours nor optax's."""
+"""The vocabulary of optimizers, and the methods that only the benchmarks have."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ import optax
 import pytest
 from optax import contrib
 
-from benchmarks.lib import treatments
-from benchmarks.lib.arms import OPTIMIZERS, TREATMENTS, Arm, among, in_order, pairs
+from benchmarks.lib import methods
+from benchmarks.lib.optimizers import BASES, METHODS, Optimizer, chains, in_order
 from benchmarks.lib.train import Rule, schedule
 from stablegrad_optax import stablegrad
 
@@ -25,7 +25,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-5)
 
 def first_updates(name, *probes, weight_decay=0.0):
     """Of one program, for each of the probes."""
-    tx = Arm.of(name)(lambda count: 1e-3, weight_decay)
+    tx = Optimizer.named(name)(lambda count: 1e-3, weight_decay)
 
     @jax.jit
     def update(probes):
@@ -35,37 +35,37 @@ def first_updates(name, *probes, weight_decay=0.0):
 
 
 @pytest.mark.parametrize(
-    "name", [*pairs(TREATMENTS, ["momentum"]), *pairs(["none"], OPTIMIZERS)]
+    "name", [*chains(METHODS, ["momentum"]), *(b for b in BASES if "optax" not in b)]
 )
-def test_arms_make_a_finite_first_step(name):
-    """And a probe reaches the treatments of its name alone."""
-    arm = Arm.of(name)
-    assert arm.name == name
-    assert len(arm.rates) >= 3
-    assert list(arm.rates) == sorted(set(arm.rates))
+def test_optimizers_make_a_finite_first_step(name):
+    """A probe reaches the methods of its name alone."""
+    optimizer = Optimizer.named(name)
+    assert optimizer.name == name
+    assert len(optimizer.rates) >= 3
+    assert list(optimizer.rates) == sorted(set(optimizer.rates))
     one, two = first_updates(name, 0.3, 0.6)
     for update in jax.tree.leaves(one):
         assert jnp.isfinite(update).all()
-        assert update.any() or arm.optimizer == "SOAP"  # which looks first
+        assert update.any() or optimizer.base == "SOAP"  # which looks first
     ratio = 2.0 if any(probe in name for probe in PROBES) else 1.0
     close(two["kernel"], ratio * one["kernel"])
 
 
-@pytest.mark.parametrize("name", ["StableGrad", "none | AdamX", "x | AdamW", ""])
-def test_what_is_no_arm_is_told(name):
-    with pytest.raises(ValueError, match="an arm is a treatment of none, "):
-        Arm.of(name)
+@pytest.mark.parametrize("name", ["StableGrad", "clip + AdamX", "x + AdamW", ""])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match="an optimizer is one of Adam, AdamW, "):
+        Optimizer.named(name)
 
 
-def test_an_arm_is_the_treatment_before_the_optimizer():
+def test_a_chain_is_the_method_before_the_base():
     tx = optax.chain(stablegrad(0.01), optax.sgd(1e-3, momentum=0.9))
     expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
-    (found,) = first_updates("StableGrad 0.01 | momentum", 5.0)
+    (found,) = first_updates("StableGrad (reference_std=0.01) + momentum", 5.0)
     jax.tree.map(close, found, expected)
 
 
 def test_skipping_encloses_the_optimizer_and_sees_the_loss():
-    tx = Arm.of("skip spikes | Adam")(lambda count: 1e-3)
+    tx = Optimizer.named("skip spikes + Adam")(lambda count: 1e-3)
     update = jax.jit(partial(tx.update, probes={}))
     state = tx.init(PARAMS)
     for value in (1.0, np.nan):
@@ -78,12 +78,12 @@ def test_skipping_encloses_the_optimizer_and_sees_the_loss():
     )
 
 
-def test_decay_is_added_to_what_the_treatment_makes_of_the_gradient():
+def test_decay_is_added_between_the_method_and_the_base():
     tx = optax.chain(
         optax.scale(30.0), optax.add_decayed_weights(0.5), optax.adam(1e-3)
     )
     expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
-    (found,) = first_updates("constant factor 30 | Adam", 5.0, weight_decay=0.5)
+    (found,) = first_updates("scale by 30 + Adam", 5.0, weight_decay=0.5)
     jax.tree.map(close, found, expected)
 
 
@@ -92,7 +92,7 @@ def test_muon_has_the_kernels_and_adam_the_rest():
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 3, 2, 4), "bias": (3, 2), "embedding": (5, 4)}
     grads = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
-    tx = OPTIMIZERS["Muon"].make(1e-3)
+    tx = BASES["Muon"].make(1e-3)
     found, _ = tx.update(grads, tx.init(grads), grads)
     adam = optax.adamw(1e-3, weight_decay=0.0, nesterov=True)
     expected, _ = adam.update(grads, adam.init(grads), grads)
@@ -105,10 +105,27 @@ def test_muon_has_the_kernels_and_adam_the_rest():
 
 
 def test_names_come_in_the_order_of_the_lists():
-    columns = [{"none": 0, "clip 1": 0}, {"ZClip": 0}]
-    assert in_order(columns) == ["none", "clip 1", "ZClip"]
-    assert in_order(columns, ["ZClip"]) == ["ZClip", "none", "clip 1"]
-    assert among(columns, ["ZClip", "StableGrad"]) == ["ZClip"]
+    names = ["ZClip + Muon", "Muon", "clip + Adam", "clip + Muon", "Muon"]
+    expected = ["clip + Adam", "Muon", "clip + Muon", "ZClip + Muon"]
+    assert in_order(names) == expected
+
+
+def test_a_module_called_stack_holds_many_layers():
+    tree = {"stack_0": {"kernel": jnp.ones((3, 2, 2))}, "out": {"kernel": jnp.ones(4)}}
+    expected = {"stack_0": {"kernel": 1}, "out": {"kernel": 0}}
+    assert methods.stacked_by_name(tree) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["adadelta", "momo_adam", "polyak_sgd", "rprop", "sam"]
+)
+def test_optimizers_of_optax_take_a_step(name):
+    """One of each kind: a schedule, the loss, a factory, a number, and no arguments."""
+    tx = Optimizer.named(f"StableGrad + optax.{name}")(optax.constant_schedule(0.1))
+    updates, _ = jax.jit(tx.update)(
+        GRADS, tx.init(PARAMS), PARAMS, probes={}, value=jnp.float32(1.0)
+    )
+    assert all(jnp.isfinite(update).all() for update in jax.tree.leaves(updates))
 
 
 # Schedules
@@ -125,15 +142,15 @@ def test_the_rate_rises_linearly_and_falls_along_a_half_cosine():
 
 def test_an_optimizer_may_ask_for_a_warm_up():
     one, other = (
-        Rule(Arm.of(f"none | {name}"), 200)(0.1).update(GRADS, state, PARAMS)[0]
-        for name in ("AdamW", "AdamW warm-up")
+        Rule(Optimizer.named(name), 200)(0.1).update(GRADS, state, PARAMS)[0]
+        for name in ("AdamW", "AdamW (warm-up)")
         for state in [optax.adamw(lambda count: 0.1).init(PARAMS)]
         for state in [(optax.EmptyState(), state)]
     )
     close(10 * other["kernel"], one["kernel"])
 
 
-# Treatments
+# Methods
 
 NORMED = {
     "kernel": jnp.array([[3.0, 0.0]]),
@@ -143,28 +160,25 @@ NORMED = {
 
 
 @pytest.mark.parametrize("size", [1e-36, 1.0, 1e36])
-def test_unit_norms_are_1_at_any_scale(size):
+def test_the_norm_of_all_arrays_is_1_at_any_scale(size):
     grads = jax.tree.map(lambda g: g * size, NORMED)
-    for make, expected in (
-        (treatments.unit_norm, {"kernel": 0.6, "bias": 0.8, "zero": 0.0}),
-        (treatments.unit_norm_by_leaf, {"kernel": 1.0, "bias": 1.0, "zero": 0.0}),
-    ):
-        updates, _ = make().update(grads, make().init(grads))
-        norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), updates)
-        assert norms == pytest.approx(expected, rel=1e-5)
-        assert updates["bias"][0] < 0
+    tx = methods.normalize_globally()
+    updates, _ = tx.update(grads, tx.init(grads))
+    norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), updates)
+    expected = {"kernel": 0.6, "bias": 0.8, "zero": 0.0}
+    assert norms == pytest.approx(expected, rel=1e-5)
+    assert updates["bias"][0] < 0
 
 
-@pytest.mark.parametrize("make", [treatments.unit_norm, treatments.unit_norm_by_leaf])
-def test_unit_norms_of_zero_are_zero(make):
-    zero = jax.tree.map(jnp.zeros_like, NORMED)
-    updates, _ = make().update(zero, make().init(zero))
+def test_a_gradient_of_zeros_stays_zero():
+    zero, tx = jax.tree.map(jnp.zeros_like, NORMED), methods.normalize_globally()
+    updates, _ = tx.update(zero, tx.init(zero))
     assert not any(update.any() for update in jax.tree.leaves(updates))
 
 
 def test_z_scores():
     g = np.random.default_rng(0).normal(3, 2, (4, 5)).astype(np.float32)
-    tx = treatments.z_score()
+    tx = methods.znorm()
     grads = {"kernel": g, "bias": g[0], "zero": np.zeros((2, 2), np.float32)}
     updates, _ = tx.update(grads, tx.init(grads))
     expected = (g - g.mean()) / g.std()
@@ -194,7 +208,7 @@ def test_zclip_is_its_literal_form():
     rng = np.random.default_rng(0)
     norms = rng.uniform(0.5, 1.5, 120)
     norms[[30, 31, 77]] *= [1e4, 3.0, 20.0]
-    tx = treatments.zclip()
+    tx = methods.zclip()
     grads = {"kernel": np.array([[3.0, 0.0]]), "bias": np.array([-4.0])}
     state, update = tx.init(grads), jax.jit(tx.update)
     found = []
