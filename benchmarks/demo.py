@@ -40,12 +40,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks.report import figures
-from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.command_line import fail, parse
 from benchmarks.lib.curves import History, train_together
 from benchmarks.lib.machine import provenance
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.train import Moment, Rule, Training, record_steps
+from benchmarks.report import figures
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem, relative_l2
 from benchmarks.tasks.pinn.references import ReferenceFile, read_burgers

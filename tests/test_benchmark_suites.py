@@ -12,8 +12,8 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import suites
 from benchmarks.lib import runs
-from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.grid import Ledger
+from benchmarks.lib.optimizers import Optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.curves import train_batch, train_together
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.runs import Run
 from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.suites import pinn

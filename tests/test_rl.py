@@ -227,7 +227,7 @@ def test_updates_in_one_program_are_those_of_a_loop():
     "name",
     [
         "CartPole-v1",
-                pytest.param("Breakout-MinAtar", marks=pytest.mark.slow),
+        pytest.param("Breakout-MinAtar", marks=pytest.mark.slow),
     ],
 )
 def test_chance_is_what_uniformly_random_actions_score(name):

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from benchmarks.lib import runs
 from benchmarks.lib.curves import Curves, curves_of
-from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.grid import run_grid
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.train import moments, schedule
 from benchmarks.report import pages
 from benchmarks.suites import spikes, spikes_page

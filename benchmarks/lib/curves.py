@@ -1,4 +1,4 @@
-"""What becomes of runs: their curves, and histories of single runs for a closer look."""
+"""The curves of runs, and histories of single runs for a closer look."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,8 +135,8 @@ def train_together(
     """
     runs = [moments([training], [rate], [seed]) for training in trainings.values()]
     records, factors = [], []
-    for of_step in zip(*runs, strict=True):
-        record = dict(zip(trainings, of_step, strict=True))
+    for moments_now in zip(*runs, strict=True):
+        record = dict(zip(trainings, moments_now, strict=True))
         on_record(record)
         factors.append({name: _factors(moment) for name, moment in record.items()})
         params = {name: moment.params for name, moment in record.items()}
@@ -144,7 +144,7 @@ def train_together(
     return {
         name: _history(
             [record[name] for record in records],
-            [of_step[name] for of_step in factors],
+            [step[name] for step in factors],
             jax.tree.map(lambda leaf: leaf[0], params[name]),
         )
         for name in trainings
@@ -170,7 +170,7 @@ def _history(
     if factors[0]:
         # A leaf that is not a weight, of one element say, has no factor.
         scaled = {
-            name: std * [of_step.get(name, 1.0) for of_step in factors]
+            name: std * [step.get(name, 1.0) for step in factors]
             for name, std in stds.items()
         }
     return History(

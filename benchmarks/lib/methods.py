@@ -1,4 +1,4 @@
-"""Gradient transformations that are compared and are neither in the package nor in Optax."""
+"""Methods that are compared and are neither in the package nor in Optax."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -101,7 +101,7 @@ def normalize_globally() -> optax.GradientTransformation:
 
 
 def znorm() -> optax.GradientTransformation:
-    """Subtracts the mean of each gradient of two or more axes and divides by its std."""
+    """Subtracts the mean of each gradient of two or more axes, divides by its std."""
 
     def normalize(g: jax.Array) -> jax.Array:
         if g.ndim < 2:
@@ -123,7 +123,7 @@ class ZClipState(NamedTuple):
 def zclip(
     z_threshold: float = 2.5, decay: float = 0.97, warm_up: int = 25
 ) -> optax.GradientTransformation:
-    """ZClip: the global norm R is clipped where z = (R - mean) / std is large.
+    """Clips the global norm R where z = (R - mean) / std is large: ZClip.
 
     Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv
     2504.02507 (2025), with what their released code adds: the warm-up, and the division
@@ -135,9 +135,9 @@ def zclip(
     start the running ones.
 
     Args:
-        z_threshold: above 0.
-        decay: of mean and variance, in [0, 1).
-        warm_up: at least 1.
+        z_threshold: Above 0.
+        decay: Of mean and variance, in [0, 1).
+        warm_up: At least 1.
     """
 
     def init(params: optax.Params) -> ZClipState:

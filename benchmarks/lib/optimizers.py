@@ -172,7 +172,7 @@ class Optimizer:
         """Returns the optimizer with a name such as "clip + Muon" or "Muon".
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no optimizer has this name.
         """
         method, _, base = name.rpartition(SEPARATOR)
         method = method or NONE

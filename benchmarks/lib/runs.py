@@ -57,7 +57,7 @@ class Run:
         }
 
 
-def of_tuning(settings: Settings) -> Settings:
+def tuning_settings(settings: Settings) -> Settings:
     """Returns the settings of the runs that tune for a reported run.
 
     They may be shorter: `tuning_steps`, where given, are then their `steps`.
@@ -68,7 +68,7 @@ def of_tuning(settings: Settings) -> Settings:
 
 
 def capped_error(record: Record) -> float:
-    """Returns the error, but at most 1, the error of predicting zero, or if not finite."""
+    """Returns the error, at most 1: predicting zero has that, and NaN counts as it."""
     error = record["error"]
     return 1.0 if error is None else min(error, 1.0)
 

@@ -1,4 +1,4 @@
-"""What a suite declares: problems, optimizers, rates and seeds, and what it keeps."""
+"""The declaration of a suite: problems, optimizers, rates, seeds, and what it keeps."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from benchmarks.lib.runs import (
     Settings,
     capped_error,
     finite,
-    of_tuning,
+    tuning_settings,
 )
 from benchmarks.lib.train import Training
 
@@ -94,7 +94,7 @@ def _median(records: Sequence[Record]) -> float:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which seeds choose the learning rate, how, and which seeds are reported.
+    """Says which seeds choose the learning rate, how, and which seeds are reported.
 
     Attributes:
         tuning_seeds: None where each optimizer has one learning rate.
@@ -116,7 +116,7 @@ class Entry:
     """The runs of one optimizer on one problem.
 
     Attributes:
-        settings: As in `Run`, of the reported runs; see `of_tuning`.
+        settings: As in `Run`, of the reported runs; see `tuning_settings`.
         learning_rates: The set to choose from, or to report at each rate.
         cost: Of one reported run, in any unit that is the same for all entries.
     """
@@ -129,7 +129,7 @@ class Entry:
         if len(self.learning_rates) == 1 or protocol.choose is None:
             return []
         return [
-            Run(of_tuning(self.settings), rate, seed, "tuning")
+            Run(tuning_settings(self.settings), rate, seed, "tuning")
             for rate in self.learning_rates
             for seed in protocol.tuning_seeds
         ]
@@ -151,9 +151,9 @@ class Entry:
 
     @property
     def tuning_cost(self) -> float:
-        """Of one run that tunes, which may be shorter."""
+        """The cost of one run that tunes, which may be shorter."""
         shorter, whole = (
-            s.get("steps", 1) for s in (of_tuning(self.settings), self.settings)
+            s.get("steps", 1) for s in (tuning_settings(self.settings), self.settings)
         )
         return self.cost * shorter / whole
 

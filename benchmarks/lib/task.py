@@ -18,7 +18,7 @@ class Gradient(NamedTuple):
 
 
 class Task(Protocol):
-    """What is trained.
+    """A problem that is trained.
 
     A task is a pytree. Its arrays are arguments of the compiled programs, which are
     compiled once for equal shapes and equal other fields.

@@ -49,7 +49,7 @@ class Rule:
     skip_nonfinite: bool = False
 
     @classmethod
-    def of_settings(cls, settings: Settings, **options: Any) -> "Rule":
+    def from_settings(cls, settings: Settings, **options: Any) -> "Rule":
         """Reads the optimizer and the steps from the settings of a run."""
         optimizer = Optimizer.named(str(settings["optimizer"]))
         return cls(optimizer, int(settings["steps"]), **options)
@@ -82,14 +82,14 @@ class Training:
     """A task and how it is trained.
 
     Attributes:
-        task: what.
-        rule: the update.
-        recorded: after which numbers of updates there is a record, increasing, the last
-            one among them.
-        held_out: what `Task.score` is handed.
-        side_by_side: whether the runs of a batch are computed together; else in turn.
-        in_one_program: whether the updates up to a record are one program; else two
-            each, in a loop in Python.
+        task: The task.
+        rule: The update.
+        recorded: The numbers of updates after which there is a record, increasing; the
+            last update is one of them.
+        held_out: The examples for `Task.score`.
+        side_by_side: Whether the runs of a batch are computed together; else in turn.
+        in_one_program: Whether the updates up to a record are one program; else each is
+            two programs, in a loop in Python.
     """
 
     task: Task
@@ -118,7 +118,7 @@ class Moment(NamedTuple):
 def moments(
     trainings: Sequence[Training], rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[Moment]:
-    """Train runs side by side, and stop at every record; arguments as of `Batch`."""
+    """Trains runs side by side and stops at every record; arguments as of `Batch`."""
     batch = Batch(trainings, rates, seeds)
     for stop in trainings[0].recorded:
         begin, done = time.perf_counter(), batch.step
@@ -128,7 +128,7 @@ def moments(
 
 
 class _Carried(NamedTuple):
-    """From one step of the runs to the next; leaves [runs, ...]."""
+    """The state between two steps of the runs; leaves [runs, ...]."""
 
     params: PyTree
     opt_states: optax.OptState
@@ -139,9 +139,9 @@ class Batch:
     """Runs side by side.
 
     Args:
-        trainings: one a run; all but `Task.init` is the first one's.
-        rates: the highest of each run.
-        seeds: of each run's weights and batches.
+        trainings: One a run; all but `Task.init` is taken from the first.
+        rates: The highest learning rate of each run.
+        seeds: The seed of each run's weights and batches.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Batch:
         self._gradient: Gradient | None = None  # of the last step
 
     def advance(self, stop: int) -> None:
-        """Train until so many updates are done, and wait for them."""
+        """Trains until so many updates are done, and waits for them."""
         task, rule = self._training.task, self._training.rule
         runs = task, rule, self._rates, self._keys
         begin = self.step
@@ -178,7 +178,7 @@ class Batch:
         jax.block_until_ready(self._carried.params)
 
     def moment(self, ms_per_step: float) -> Moment:
-        """What a record is made of."""
+        """Returns the state of the batch, which a record is made of."""
         task, held_out = self._training.task, self._training.held_out
         params, opt_states, states = self._carried
         measured = _measure(task, params, states, held_out, self._gradient.grads)
@@ -194,7 +194,7 @@ def _stack(trees: Iterable[PyTree]) -> PyTree:
 def _gradient(
     task: Task, params: PyTree, states: PyTree, keys: jax.Array, step: jax.Array
 ) -> Gradient:
-    """The gradients of step `step`, each run at its own batch."""
+    """Returns the gradients of a step, each run at its own batch."""
     return jax.vmap(task.gradient, (0, 0, 0, None))(params, states, keys, step)
 
 
@@ -213,9 +213,9 @@ def _update(
     probes: Mapping[str, jax.Array],
     losses: jax.Array,
 ) -> tuple[PyTree, optax.OptState]:
-    """One step of every run; the old parameters and states are given up."""
+    """Takes one step of every run; the old parameters and states are donated."""
 
-    def of_run(
+    def update(
         rate: jax.Array,
         params: PyTree,
         opt_state: optax.OptState,
@@ -228,7 +228,7 @@ def _update(
         )
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.vmap(of_run)(rates, params, opt_states, grads, probes, losses)
+    return jax.vmap(update)(rates, params, opt_states, grads, probes, losses)
 
 
 def _step(
@@ -239,7 +239,7 @@ def _step(
     carried: _Carried,
     step: jax.Array,
 ) -> tuple[_Carried, Gradient]:
-    """Step `step` of every run, in two programs."""
+    """Takes one step of every run, in two programs."""
     params, opt_states, states = carried
     gradient = _gradient(task, params, states, keys, step)
     loss, grads, probes, states = gradient
@@ -257,7 +257,7 @@ def _steps(
     begin: jax.Array,
     stop: jax.Array,
 ) -> _Carried:
-    """The steps from `begin` up to `stop`, in one; what is carried is given up."""
+    """Takes the steps from `begin` up to `stop` in one program, which donates."""
     return jax.lax.fori_loop(
         begin,
         stop,
@@ -270,7 +270,7 @@ def _steps(
 def _measure(
     task: Task, params: PyTree, states: PyTree, held_out: PyTree, grads: PyTree
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Scores f[runs], and the std of each kernel's gradient f[runs, kernels]."""
+    """Returns scores f[runs] and the std of each kernel's gradient f[runs, kernels]."""
     scores = jax.lax.map(  # one run at a time: scoring takes more memory than training
         lambda run: task.score(*run, held_out), (params, states)
     )
@@ -280,7 +280,7 @@ def _measure(
 
 
 def kernels(tree: PyTree, *, axes: int = 2) -> dict[str, jax.Array]:
-    """The leaves of so many axes or more, in the order of their layers."""
+    """Returns the arrays of so many axes or more, in the order of their layers."""
     weights = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -296,7 +296,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 def record_steps(steps: int, *, early: int = 24, even: int = 60) -> list[int]:
-    """When to record: dense at the start, where scales move by orders of magnitude."""
+    """Returns when to record: often at first, where scales change most."""
     at = np.concatenate(
         [np.geomspace(1, steps, early), np.linspace(0, steps, even + 1)[1:]]
     )

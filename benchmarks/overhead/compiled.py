@@ -1,16 +1,16 @@
-"""What the compiler of a TPU or a GPU makes of one step: numbers for a record."""
+"""Measures what the compiler of a TPU or a GPU makes of one step."""
 
 from typing import Any
 
 import jax
 
 from benchmarks.overhead import costs, programs, trees
-from benchmarks.overhead.optimizers import Chain
 from benchmarks.overhead.compilers import Compiler
+from benchmarks.overhead.optimizers import Chain
 
 
 def measure(compiler: Compiler, chain: Chain, tree: trees.Tree) -> dict[str, Any]:
-    """Costs of the step on one device; its collectives where the target has a mesh.
+    """Returns costs of the step on one device, and its collectives on a mesh.
 
     Returns:
         The numbers, or the compiler's message under "error".

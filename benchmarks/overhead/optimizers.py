@@ -22,7 +22,7 @@ class Chain(NamedTuple):
 
     @classmethod
     def named(cls, name: str) -> "Chain":
-        """Returns a method of the vocabulary before AdamW."""
+        """Returns a method of the vocabulary, followed by AdamW."""
         method = Optimizer.named(name).method
         if method in WRAPPERS:
             wrapper = WRAPPERS[method]

@@ -119,7 +119,7 @@ SECTIONS = (
     *(
         _Section(
             f"Memory, {dtype}",
-            "Temporary memory of the program beyond AdamW's, over the gradient's bytes.",
+            "Temporary memory beyond AdamW's, over the gradient's bytes.",
             ("update",),
             _memory,
             (dtype,),

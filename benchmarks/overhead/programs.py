@@ -1,4 +1,4 @@
-"""What a compiled step consists of: memory, kernels, collectives, time to compile."""
+"""Memory, kernels, collectives and time to compile of a step."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from benchmarks.overhead.optimizers import Chain
 
 
 class State(NamedTuple):
-    """Of the two parts of an chain; Adam's moments can be lent to another chain."""
+    """The states of both parts of a chain; Adam's moments can be lent to another."""
 
     before: optax.OptState
     optimizer: optax.OptState
@@ -46,7 +46,7 @@ def abstract_state(chain: Chain, tree: trees.Tree) -> State:
 
 
 def compile_step(chain: Chain, tree: trees.Tree) -> jax.stages.Compiled:
-    """For a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    """Compiles a step for a tree of arrays or of `jax.ShapeDtypeStruct`."""
     return lower(chain, tree).compile()
 
 
@@ -71,7 +71,7 @@ def lower(
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the program needs beside its arguments and results."""
+    """Returns the bytes that the program needs in addition to arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -111,7 +111,7 @@ class CompileTime(NamedTuple):
 
 
 def compile_time(chain: Chain, num_leaves: int) -> CompileTime:
-    """Of a step for equal leaves, from the function to the executable."""
+    """Times a step for equal arrays, from the function to the executable."""
     tree = trees.abstract(trees.equal(num_leaves), jnp.dtype("float32"))
     _, times = timed_compilation(lambda: lower(chain, tree))
     return times

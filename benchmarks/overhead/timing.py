@@ -1,4 +1,4 @@
-"""Times of optimizer steps: arms in turn, each over adamw in the same round."""
+"""Times of optimizer steps: optimizers in turn, each over AdamW in the same round."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from benchmarks.overhead.programs import State, step_of, temporary_bytes
 
 
 class Update(NamedTuple):
-    """One arm on one tree."""
+    """One optimizer on one tree."""
 
     times: Times
     temporary_bytes: int
@@ -28,7 +28,7 @@ def time_updates(
     rounds: int,
     on_compile: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Update]:
-    """The arms on one tree. All share one copy of parameters and moments."""
+    """Times optimizers on one tree; they share one copy of parameters and moments."""
     grads = trees.normal(shapes, dtype)
     shared = _Shared(optax.scale_by_adam().init(grads), jax.tree.map(jnp.copy, grads))
     stretches, temporary = {}, {}
@@ -40,18 +40,18 @@ def time_updates(
 
 
 class _Shared:
-    """What is of the gradient's size, in turn of one arm and of another."""
+    """Arrays of the gradient's size, which optimizers use in turn."""
 
     def __init__(self, adam: optax.ScaleByAdamState, params: trees.Tree):
         self.adam, self.params = adam, params
 
 
 def _stretch(
-    arm: Chain, grads: trees.Tree, shared: _Shared
+    chain: Chain, grads: trees.Tree, shared: _Shared
 ) -> tuple[Callable[[int], None], int]:
-    before, optimizer = arm.parts()
+    before, optimizer = chain.parts()
     state = State(before.init(grads), jax.eval_shape(optimizer.init, grads))
-    step = step_of(arm)
+    step = step_of(chain)
     compiled = step.lower(grads, state, grads).compile()  # and kept for the calls
 
     def is_adam(node: object) -> bool:

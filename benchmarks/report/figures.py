@@ -1,4 +1,4 @@
-"""Figures that the benchmarks share, with a footer that says where numbers come from."""
+"""Figures that the benchmarks share; a footer says where numbers come from."""
 
 import os
 import textwrap
@@ -104,7 +104,7 @@ def grid(
 
 
 def panels(num: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and so many panels, up to five in one row or else four in a row.
+    """Returns a figure and so many panels, up to five in one row, else four in a row.
 
     Args:
         num: The number of panels.
@@ -170,7 +170,7 @@ def seeds_figure(
         ax.grid(axis="x", alpha=0.3)
     statistic = quantity.statistic[0]
     figure.suptitle(
-        f"One dot a seed; crosses: failed; bars: {statistic}, shaded: its 95 % interval",
+        f"One dot a seed; crosses: failed; bars: {statistic}; shaded: 95 % interval",
         fontsize=10,
     )
     return figure

@@ -104,8 +104,8 @@ def write(
         if record["phase"] != runs.MEASURED:
             by_preset.setdefault(record["preset"], []).append(record)
     text = [
-        f"# {page.title}\n\n`python -m benchmarks report {suite.name}` writes this page "
-        f"from the finished runs, `{suite.name}.jsonl.gz`.\n\n{page.text}\n\n"
+        f"# {page.title}\n\n`python -m benchmarks report {suite.name}` writes this "
+        f"page from the finished runs, `{suite.name}.jsonl.gz`.\n\n{page.text}\n\n"
         f"{SCORE_CAPTION}"
     ]
     paths, tables = [], {}
@@ -169,12 +169,12 @@ class _Preset:
             if path.name.startswith(stem):
                 yield f"![{path.stem}]({path.name})\n"
         yield from (section(self.table) for section in page.sections)
-        for problem, column in self.table.items() if page.has_score_tables else ():
-            yield f"### {page.name(problem)}\n\n{score_table(column)}"
+        tables = {p: score_table(column) for p, column in self.table.items()}
         if self._sweeps:
             yield RATES_CAPTION
-        for problem, by_name in self._sweeps.items():
-            yield f"### {page.name(problem)}\n\n{rates_table(by_name)}"
+            tables |= {p: rates_table(sweep) for p, sweep in self._sweeps.items()}
+        for problem, table in tables.items() if page.has_score_tables else ():
+            yield f"### {page.name(problem)}\n\n{table}"
 
     def _unfinished(self) -> str:
         """Says what is missing, if anything is."""
@@ -186,7 +186,6 @@ class _Preset:
         if num_done == num_runs:
             return ""
         return (
-            f"**Not finished: {num_done} of {num_runs} runs.** The tables show the runs "
-            f"that are there. `python -m benchmarks run {suite.name} --preset {preset}` "
-            "goes on with it.\n"
+            f"**Not finished: {num_done} of {num_runs} runs.** The tables show these. "
+            f"`python -m benchmarks run {suite.name} --preset {preset}` goes on.\n"
         )

@@ -1,4 +1,4 @@
-"""Error and failures against the learning rate: a table of two numbers, and a figure."""
+"""Error and failures against the learning rate: two numbers a chain, and a figure."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Window(NamedTuple):
     Attributes:
         best: The score with the lowest median among the rates at which runs succeed, or
             among all rates if there is no such rate.
-        lowest: The lowest good rate, None if there is none.
+        lowest: The lowest good rate, or None.
         highest: The highest good rate.
     """
 
@@ -75,8 +75,8 @@ def rates_table(column: Mapping[str, Mapping[float, Score]]) -> str:
 RATES_CAPTION = (
     "Every optimizer at every learning rate of its set. Window: the factor between the "
     "lowest and the highest rate at which at least 90 % of the runs succeed and the "
-    "median error is within 3 times the optimizer's lowest; a plus says that it reaches "
-    "an end of the set.\n"
+    "median error is within 3 times the optimizer's lowest; a plus says that it "
+    "reaches an end of the set.\n"
 )
 
 

@@ -1,4 +1,4 @@
-"""What finished runs say: a score of every optimizer on every problem.
+"""Scores of finished runs, for every optimizer on every problem.
 
 A problem is the tuple of its settings, in an order that a page names.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.lib.optimizers import in_order
-from benchmarks.lib.runs import Record, Settings, of_tuning
+from benchmarks.lib.runs import Record, Settings, tuning_settings
 from benchmarks.lib.suite import Choice
 from benchmarks.report.statistics import (
     Interval,
@@ -25,7 +25,7 @@ Problem = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a page shows of a run.
+    """The number that a page shows of a run.
 
     Attributes:
         label: With its unit, as an axis has it.
@@ -103,7 +103,7 @@ class Score:
 
     @property
     def is_at_an_end(self) -> bool:
-        """Whether a better rate may lie beyond the set that it was chosen from."""
+        """Says whether a better rate may lie beyond the set that it was chosen from."""
         return self.learning_rate in (*self.rates[:1], *self.rates[-1:])
 
     @property
@@ -171,7 +171,7 @@ def scores(
         if not (runs := group.reported):
             continue
         rates: tuple[float, ...] = ()
-        if tuned := groups.get(key(of_tuning(runs[0])), _Runs()).tuned:
+        if tuned := groups.get(key(tuning_settings(runs[0])), _Runs()).tuned:
             rate = choose(tuned)
             runs = [run for run in runs if run["learning_rate"] == rate]
             rates = tuple(sorted({run["learning_rate"] for run in tuned}))

@@ -1,4 +1,4 @@
-"""Which problems, optimizers and seeds are run, and the page that shows them.
+"""Suites say which problems, optimizers and seeds are run, and what a page shows.
 
 A suite is a module with `SUITE`. A module `<suite>_page` with `PAGE`, if there is one,
 declares what its page shows.

@@ -1,4 +1,4 @@
-"""What `gradient_report` says of small networks, and whether a remedy helps them.
+"""Sets verdicts of `gradient_report` next to what helps small networks.
 
 Each network is trained by plain AdamW and by two remedies for a bad scale of the
 gradients, and its first gradient and its first steps are reported on.
@@ -61,7 +61,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     del phase
     steps = settings["steps"]
     return Training(
-        networks.network(settings["network"]), Rule.of_settings(settings), [1, steps]
+        networks.network(settings["network"]), Rule.from_settings(settings), [1, steps]
     )
 
 

@@ -1,4 +1,4 @@
-"""What the page of the calibration shows: verdicts, and what training does."""
+"""The page of the calibration: verdicts, and what training does."""
 
 import math
 from collections import Counter
@@ -116,8 +116,8 @@ large.""",
     ("network", "steps"),
     _label,
     notes={
-        "version-0.2": "These runs were made by version 0.2 of the package; their tuning "
-        "runs were not kept."
+        "version-0.2": "These runs are of version 0.2 of the package; their tuning runs "
+        "were not kept."
     },
     shown={"cpu": (), "version-0.2": ()},
     ending=ending,

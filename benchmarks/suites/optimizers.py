@@ -76,7 +76,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     """Makes the training; both phases are scored on the same points."""
     del phase
     steps = settings["steps"]
-    return Training(_TASK, Rule.of_settings(settings), [1, steps])
+    return Training(_TASK, Rule.from_settings(settings), [1, steps])
 
 
 SUITE = Suite(

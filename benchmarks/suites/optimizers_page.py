@@ -1,4 +1,4 @@
-"""What the page of Optax's optimizers shows."""
+"""The page of Optax's optimizers."""
 
 from benchmarks.lib.optimizers import Optimizer
 from benchmarks.report.pages import Page
@@ -31,9 +31,9 @@ def _table(table: Table) -> str:
         if any(Optimizer(method, base).name in column for method in METHODS)
     ]
     return (
-        "Median error of the seeds; lower is better. Bold: more than twice the error of "
-        'the optimizer alone. "failed": at least half of the seeds are not finite or no '
-        'better than predicting zero. "-": not run, or an exception was raised.\n\n'
+        "Median error of the seeds; lower is better. Bold: more than twice the error "
+        'of the optimizer alone. "failed": at least half of the seeds are not finite '
+        'or no better than predicting zero. "-": not run, or an exception was raised.\n\n'
         + markdown_table(["optimizer", "alone", *METHODS[1:]], rows)
     )
 

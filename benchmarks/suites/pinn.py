@@ -1,4 +1,4 @@
-"""Physics-informed networks with every optimizer, from seven laws of initial weights."""
+"""Physics-informed networks with every optimizer and seven laws of initial weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
@@ -358,7 +358,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     )
     return Training(
         Pinn(equation, network),
-        Rule.of_settings(settings),
+        Rule.from_settings(settings),
         record_steps(steps, early=8, even=12),
         evaluation(equation),
     )

@@ -1,4 +1,4 @@
-"""What the page of the physics-informed networks shows."""
+"""The page of the physics-informed networks."""
 
 from collections.abc import Mapping
 

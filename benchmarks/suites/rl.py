@@ -110,7 +110,7 @@ def training(settings: Settings, phase: Phase) -> Training:
             settings["minibatches"],
             settings["epochs"],
         ),
-        Rule.of_settings(settings),
+        Rule.from_settings(settings),
         record_steps(settings["steps"], early=1, even=12),
         jax.random.split(jax.random.key(_PHASES.index(phase)), EPISODES),
         in_one_program=True,

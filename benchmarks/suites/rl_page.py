@@ -1,4 +1,4 @@
-"""What the page of PPO shows."""
+"""The page of PPO."""
 
 from functools import partial
 

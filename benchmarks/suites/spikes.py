@@ -38,7 +38,7 @@ METHODS = (
 # Those that came after the preset cpu, which is not run again for them.
 _LATER = ("GradientStabilizer (0.7, 0.9)", "clip by history", "skip spikes")
 Size = Literal["tiny", "cpu", "million"]
-# The decoder of size "million" has 1.3 million parameters, the one of "cpu" 43 thousand,
+# The decoder of size "million" has 1.3 million parameters, that of "cpu" 43 thousand,
 # which two busy cores can train some hundreds of times.
 LANGUAGE: dict[Size, tuple[int, int, int]] = {  # width, depth, context
     "tiny": (8, 1, 8),
@@ -125,8 +125,8 @@ _FEW = (
     "StableGrad (reference: prediction, max_reference_growth=2)",
 )
 _MAIN = ("none", "clip", "GradientStabilizer", "StableGrad")
-# Half decades. To choose from; then, for the range in which optimizers do not diverge, two
-# decades, and three for the small language model, which no rate to 0.1 lets diverge.
+# In factors of about 3: to choose from; then, for the range in which optimizers do not
+# diverge, two decades, and three for the small language model.
 _RATES = (1e-3, 3e-3, 1e-2)
 _HIGHER = (3e-3, 1e-2, 3e-2)
 _LOWER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -210,7 +210,7 @@ PRESETS = {
         "every part of the machinery; its errors mean nothing",
     ),
     # In the order of what tells most: one case of each question, then the others.
-    # Around a spike all optimizers have one rate: a run is compared with itself without it.
+    # Around a spike all have one rate: a run is compared with itself without the spike.
     "cpu": Preset(
         _groups(
             "cpu",
@@ -298,7 +298,7 @@ def training(settings: Settings, phase: Phase) -> Training:
             loss_scaling=is_float16,
             **pieces,
         ),
-        Rule.of_settings(
+        Rule.from_settings(
             settings,
             warm_up=True,
             weight_decay=float(settings["weight_decay"]),

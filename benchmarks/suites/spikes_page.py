@@ -1,4 +1,4 @@
-"""What the page of the spikes shows: errors, and what a spike costs each optimizer."""
+"""The page of the spikes: errors, and the cost of a spike for each optimizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

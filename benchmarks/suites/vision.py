@@ -110,13 +110,13 @@ def _in_scale(rates: tuple[float, ...], optimizer: Optimizer) -> tuple[float, ..
     return tuple(float(f"{rate * scale:.3g}") for rate in rates)
 
 
-# Half decades: at 0.001 and 0.01 the plain net still stands or already overshoots.
+# In factors of about 3: at 0.001 the plain net hardly moves, at 0.01 it overshoots.
 _FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _WITH_BATCHNORM = ("none", CONSTANT, "autoscaled normalization", "mean removal")
 _TUNED = ("none", CONSTANT, "clip")
 _PLAIN = "plain-24, gain 0.75"
-# Before Muon, and before AdamW (b2=0.9) beside it. The constant of StableGrad is that of
-# the other presets: any would do, for both forget the scale of their gradient.
+# For Muon and for AdamW (b2=0.9). The constant of StableGrad is that of the other
+# presets: any would do, for both forget the scale of their gradient.
 _BEFORE_MUON = ("none", "clip", CONSTANT, "normalize per array", "GradientStabilizer")
 _AUTOSCALED = ("none", "autoscaled normalization", "mean removal")
 _RATES_OF_MUON = (3e-3, 1e-2, 3e-2)
@@ -278,7 +278,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     split = "validation" if phase == "tuning" else "test"
     return Training(
         Classifier(on_device(data), model, Recipe.of(data), settings["batch"], steps),
-        Rule.of_settings(settings, warm_up=True),
+        Rule.from_settings(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),
         side_by_side=False,

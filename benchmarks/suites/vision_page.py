@@ -1,4 +1,4 @@
-"""What the page of the image classifiers shows."""
+"""The page of the image classifiers."""
 
 import numpy as np
 

@@ -207,7 +207,7 @@ def words(images: Array) -> Array:
 
 
 def poisson(depth: int, gain: float | None, width: int = 32) -> FunctionTask:
-    """Uses tanh; hidden weights are N(0, gain^2/fan_in), or all uniform as in PyTorch."""
+    """Uses tanh; hidden weights are N(0, gain^2/fan_in), or uniform as in PyTorch."""
 
     def layer(key: Array, n_in: int, n_out: int, stack: tuple[int, ...] = ()) -> PyTree:
         w, b = jax.random.split(key)
@@ -277,7 +277,7 @@ def poisson(depth: int, gain: float | None, width: int = 32) -> FunctionTask:
 
 
 def ensemble(dead: bool) -> FunctionTask:
-    """Trains five members of depth 6 in stacked arrays; the last may have no gradient."""
+    """Trains five stacked members of depth 6; the last may have no gradient."""
     one = classifier(MLP(6))
 
     def init(key: Array) -> PyTree:
