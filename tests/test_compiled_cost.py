@@ -204,6 +204,11 @@ def test_a_compiler_that_is_not_installed_costs_one_line(
 needs_libtpu = pytest.mark.skipif(
     compilers.missing("tpu") is not None, reason=str(compilers.missing("tpu"))
 )
+MEASURED = (
+    *METHODS_OF_THE_PACKAGE,
+    "clip by history + AdamW",
+    "skip spikes + AdamW",
+)
 BYTES = 1.16  # over adamw's; one more read of the gradient is 8/7 = 1.143
 
 
@@ -227,9 +232,7 @@ def test_a_tpus_bytes_are_those_that_a_program_must_move(tpu, name):
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", [*METHODS_OF_THE_PACKAGE, "clip by history + AdamW", "skip spikes + AdamW"]
-)
+@pytest.mark.parametrize("name", MEASURED)
 def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     tpu, name, dtype
 ):
@@ -250,9 +253,7 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", [*METHODS_OF_THE_PACKAGE, "clip by history + AdamW", "skip spikes + AdamW"]
-)
+@pytest.mark.parametrize("name", MEASURED)
 def test_on_2_by_2_tpus_a_method_needs_one_all_reduce(tpu, name, dtype):
     """Whatever the number of sharded leaves, large and small, biases among them."""
     shapes = trees.decoder(blocks=2, width=256) | trees.equal(20)

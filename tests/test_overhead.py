@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from benchmarks.overhead.arms import BASELINE
 
 from benchmarks.lib import runs
 from benchmarks.lib import timing as lib_timing
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import programs, timing, trees
+from benchmarks.overhead import page, programs, timing, trees
+from benchmarks.overhead.measurements import Measurements
+from benchmarks.overhead.optimizers import (
+    AGAIN,
+    BASELINE,
+    CHAINS,
+    METHODS_OF_THE_PACKAGE,
+    TIMED,
+    Chain,
+)
 from benchmarks.tasks.images.models import ResNet
 
 # Large leaves, as matrices and as convolutions: their sums are kernels of their own

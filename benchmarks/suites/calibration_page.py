@@ -116,8 +116,7 @@ large.""",
     ("network", "steps"),
     _label,
     notes={
-        "version-0.2": "These runs are of version 0.2 of the package; their tuning runs "
-        "were not kept."
+        "version-0.2": "These runs are of version 0.2; their tuning runs were not kept."
     },
     shown={"cpu": (), "version-0.2": ()},
     ending=ending,

@@ -33,7 +33,7 @@ def _table(table: Table) -> str:
     return (
         "Median error of the seeds; lower is better. Bold: more than twice the error "
         'of the optimizer alone. "failed": at least half of the seeds are not finite '
-        'or no better than predicting zero. "-": not run, or an exception was raised.\n\n'
+        'or no better than predicting zero. "-": not run, or it raised.\n\n'
         + markdown_table(["optimizer", "alone", *METHODS[1:]], rows)
     )
 
