@@ -155,4 +155,6 @@ def report(options: Report) -> int:
 
 
 def _path(options: Run | Report) -> Path:
-    return options.results or runs.RESULTS / f"{options.suite}.jsonl"
+    """Returns the file of lines; the compressed file next to it may be named too."""
+    path = options.results or runs.RESULTS / f"{options.suite}.jsonl"
+    return path.with_suffix("") if path.suffix == ".gz" else path

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.lib.suite import lowest_median
+from benchmarks.lib.grid import Ledger
+from benchmarks.lib.suite import (
+    Preset,
+    Protocol,
+    Suite,
+    entries,
+    lowest_median,
+    problems,
+)
+from benchmarks.report import pages
+from benchmarks.report.pages import Page
 from benchmarks.report.rates import rates_figure, rates_table, window
 from benchmarks.report.scores import Quantity, Score, scores, sweeps, tied
 from benchmarks.report.statistics import (
@@ -184,6 +194,34 @@ def test_sweeps_keep_every_rate_and_are_drawn():
     (ax, *_) = rates_figure(found, str).axes
     assert ax.get_xlabel() == "learning rate"
     assert rates_figure({}, str) is None
+
+
+def test_a_suite_without_tuning_is_reported_by_rate(tmp_path):
+    """Its page has a figure and two numbers for each optimizer, and says what lacks."""
+    groups = entries("all", problems(network=["a", "b"], steps=[3]), ("Adam", "Muon"))
+    preset = Preset(groups, Protocol((), (0, 1, 2), None), "no time", "a test")
+    suite = Suite("rates", "a test", {"all": preset}, training=None)
+    origin = {
+        "device": "cpu",
+        "jax": "1",
+        "stablegrad_optax": "1",
+        "date": "2026-01-01",
+    }
+    records = [
+        {**run.as_record(), "error": error, "failed": error > 0.5, **origin}
+        for run in Ledger(preset).missing(preset.entries)
+        for error in [10 * run.learning_rate]
+    ]
+    pages.write(Page.default(suite), records, suite, tmp_path)
+    text = (tmp_path / "rates.md").read_text()
+    # Adam has five rates from 3e-4: the errors of the first two are within 3 times.
+    assert "| Adam | 0.003 | 0.003 to 0.003 | 0/3 | 3.0e-04 | 1+ |" in text
+    assert text.count("| Muon | 0.01 | 0.01 to 0.01 | 0/3 | 1.0e-03 | 2+ |") == 2
+    assert "rates_all_rates.png" in text
+    assert (tmp_path / "rates_all_rates.png").stat().st_size > 1000
+    assert "Not finished" not in text
+    pages.write(Page.default(suite), records[:-1], suite, tmp_path)
+    assert "**Not finished: 65 of 66 runs.**" in (tmp_path / "rates.md").read_text()
 
 
 # The calibration's page

@@ -105,8 +105,8 @@ def write(
             by_preset.setdefault(record["preset"], []).append(record)
     text = [
         f"# {page.title}\n\n`python -m benchmarks report {suite.name}` writes this "
-        f"page from the finished runs, `{suite.name}.jsonl.gz`.\n\n{page.text}\n\n"
-        f"{SCORE_CAPTION}"
+        f"page from the finished runs, `{suite.name}.jsonl.gz`.\n\n{page.text}\n",
+        SCORE_CAPTION if page.has_score_tables else "",
     ]
     paths, tables = [], {}
     for preset, chosen in by_preset.items():
