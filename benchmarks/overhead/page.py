@@ -275,7 +275,9 @@ def _figure(
         _draw(ax, records, first, value)
         ax.set_title(title, fontsize=9)
         handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", fontsize=8
+    )
     figure.suptitle("Over AdamW; filled: float32, open: bfloat16", fontsize=10)
     return figure
 

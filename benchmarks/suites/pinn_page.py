@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
+from benchmarks.lib.optimizers import chains
 from benchmarks.report.figures import depth_figure
 from benchmarks.report.pages import Page
 from benchmarks.report.scores import Quantity, Score, Table
@@ -15,6 +16,12 @@ _INITS = {
     "glorot": "Glorot",
     "activation-aware": "activation-aware",
 }
+# The optimizers of the figure of depths; the tables have all of them.
+_DRAWN = (
+    *chains(["none", "clip", "StableGrad", "GradientStabilizer"], ["AdamW"]),
+    *chains(["none", "StableGrad"], ["AdamW (b2=0.9)"]),
+    *chains(["clip", "StableGrad", "normalize per array"], ["Muon"]),
+)
 
 
 def _init(name: str) -> str:
@@ -37,7 +44,8 @@ def _depth(table: Table) -> Figure | None:
         equation, activation, init, depth, _, steps = problem
         start = f"{equation}, {activation}, {_init(init)}"
         for amount in (f"{steps} steps", f"steps x kernels = {steps * (depth + 1)}"):
-            groups.setdefault(f"{start}, {amount}", {})[depth] = column
+            drawn = {name: column[name] for name in _DRAWN if name in column}
+            groups.setdefault(f"{start}, {amount}", {})[depth] = drawn
     return depth_figure(groups, FAILURE_ERROR)
 
 
