@@ -249,7 +249,9 @@ def _draw(
             for place, tree in enumerate(known):
                 own = records.get((*first, tree, dtype, name), {"error": ""})
                 base = records.get((*first, tree, dtype, BASELINE), {"error": ""})
-                if "error" not in own and "error" not in base:
+                # The tables alone have what is done in the branch of a conditional.
+                is_known = "error" not in own and "error" not in base
+                if is_known and not own.get("conditionals"):
                     shift = 0.75 * (index / len(names) - 0.5)
                     points[place + shift] = value(own, base)
             is_filled = dtype == DTYPES[0]
