@@ -19,9 +19,8 @@ Precision = Any  # what jax.numpy.matmul takes: a string, jax.lax.Precision or N
 BLOCK_SIZE = 32
 
 
-@sequential_vmap
-def _single_eigenvectors(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.eigh(matrix)[1]
+# Under vmap, too, each call decomposes a single matrix.
+_single_eigenvectors = sequential_vmap(lambda matrix: jnp.linalg.eigh(matrix)[1])
 
 
 def eigenvectors(matrices: jax.Array) -> jax.Array:

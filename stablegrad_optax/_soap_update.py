@@ -37,7 +37,7 @@ class SoapState(NamedTuple):
     Arrays of one shape form a group, which stacks their slices.
     """
 
-    count: jax.Array  # i32[], updates seen
+    num_updates: jax.Array  # i32[], gradients seen
     size: jax.Array  # f[slices], running maximum of |G|
     mu: optax.Updates  # M, in the eigenbases
     nu: optax.Updates  # V
@@ -74,7 +74,7 @@ def initial_state(
         # where the state of other trees has a tuple.
         covariances, bases = jnp.zeros(0), jnp.ones(0)
     return SoapState(
-        count=jnp.zeros((), jnp.int32),
+        num_updates=jnp.zeros((), jnp.int32),
         size=jnp.zeros(sum(len(group.places) for group in groups), layout.dtype),
         mu=jax.tree.map(functools.partial(_zeros_like, sum_dtype), params),
         nu=jax.tree.map(functools.partial(_zeros_like, statistics_dtype), params),
@@ -122,14 +122,14 @@ def updated(
     )
     gradients = [group.stack(grads).astype(group.sum_dtype) for group in groups]
     size = _running_size(gradients, groups, state.size, hyperparams)
-    steps, covariances, moments = [], [], []
+    steps, covariances, new_moments = [], [], []
     for i, group in enumerate(groups):
         step, covariance, moment = _step(
             gradients[i],
             (group.stack(mus), group.stack(nus)),
             state.covariances[i],
             state.bases[i],
-            state.count,
+            state.num_updates,
             tuple(each[np.array(group.places)] for each in (state.size, size)),
             hyperparams,
             group.sides,
@@ -137,23 +137,23 @@ def updated(
         )
         steps.append(step)
         covariances.append(covariance)
-        moments.append(moment)
-    bases = state.bases
+        new_moments.append(moment)
+    moments = tuple(new_moments)
     if groups:
         bases, moments = refresh(
-            state.count,
+            state.num_updates,
             jnp.asarray(hyperparams.frequency).astype(jnp.int32),
             [group.sides for group in groups],
             tuple(covariances),
-            bases,
-            tuple(moments),
+            state.bases,
+            moments,
             options.precision,
         )
         state = state._replace(covariances=tuple(covariances), bases=bases)
-    flag = any_run(state.count == 0)
+    flag = any_run(state.num_updates == 0)
     means, squares = ([moment[i] for moment in moments] for i in range(2))
     return _replace(updates, unstack(steps, groups, flag)), state._replace(
-        count=optax.safe_increment(state.count),
+        num_updates=optax.safe_increment(state.num_updates),
         size=size,
         mu=_replace(state.mu, unstack(means, groups, flag)),
         nu=_replace(state.nu, unstack(squares, groups, flag)),
@@ -216,8 +216,8 @@ def _step(
 
     floor = eps * sizes[1].astype(dtype) / unit if options.relative_eps else eps / unit
     root = safe_sqrt(square) + over(floor, square)
-    is_positive = root > 0
-    step = jnp.where(is_positive, mean / jnp.where(is_positive, root, 1), 0)
+    is_zero = root == 0
+    step = jnp.where(is_zero, 0, mean / jnp.where(is_zero, 1, root))
     step = rotate(step, sides, basis, precision, back=True)
     if options.normalize_updates:
         axes = tuple(range(1, step.ndim))

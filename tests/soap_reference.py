@@ -20,7 +20,10 @@ def soap(grads, b1, b2, eps, frequency, max_size=10_000, normalize=False):
     """The updates for a list of gradients of one array, before the learning rate."""
     shape = grads[0].shape
     has_side = [len(shape) > 1 and size <= max_size for size in shape]
-    covariances = [np.zeros((n, n)) if has else None for n, has in zip(shape, has_side)]
+    covariances = [
+        np.zeros((n, n)) if has else None
+        for n, has in zip(shape, has_side, strict=True)
+    ]
     bases, updates, steps = None, [], 0
     mean, square = np.zeros(shape), np.zeros(shape)
     for grad in grads:
@@ -41,7 +44,9 @@ def soap(grads, b1, b2, eps, frequency, max_size=10_000, normalize=False):
                 product = matrix @ matrix.conj().T
                 covariances[axis] = b2 * covariances[axis] + (1 - b2) * product
         if bases is None:
-            bases = [c if c is None else np.linalg.eigh(c)[1][:, ::-1] for c in covariances]
+            bases = [
+                c if c is None else np.linalg.eigh(c)[1][:, ::-1] for c in covariances
+            ]
         elif steps % frequency == 0:
             for axis, covariance in enumerate(covariances):
                 if covariance is not None:

@@ -15,12 +15,12 @@ import optax
 from optax import contrib
 
 from benchmarks.lib import treatments
-from benchmarks.lib.soap import soap
 from stablegrad_optax import (
     clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     skip_spikes,
+    soap,
     stablegrad,
 )
 
@@ -64,6 +64,9 @@ def _kernels(params: optax.Params) -> Any:
 
 
 _muon = partial(contrib.muon, muon_weight_dimension_numbers=_kernels)
+_soap = partial(soap, weight_dimension_numbers=_kernels)
+
+_SOAP_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 # Half decades, for plain momentum decades, up to where most arms fail in most cells.
 _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -89,7 +92,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon b2=0.9": Optimizer(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon warm-up": Optimizer(_muon, _MUON_RATES, warm_up=True),
     "Muon eps=1e-30": Optimizer(partial(_muon, eps=1e-30), _MUON_RATES),
-    "SOAP": Optimizer(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    # As released: its eps is absolute.
+    "SOAP": Optimizer(partial(_soap, relative_eps=False), _SOAP_RATES),
+    "SOAP relative eps": Optimizer(_soap, _SOAP_RATES),
 }
 
 TREATMENTS: dict[str, Callable[[], Transformation]] = {
