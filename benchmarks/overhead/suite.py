@@ -25,7 +25,14 @@ from benchmarks.overhead import (
     timing,
     trees,
 )
-from benchmarks.overhead.arms import ALL_ARMS, ARMS, BASELINE, OURS, REMEDIES
+from benchmarks.overhead.arms import (
+    ALL_ARMS,
+    ARMS,
+    BASELINE,
+    MATRIX_OPTIMIZERS,
+    OURS,
+    REMEDIES,
+)
 
 Record = dict[str, Any]
 Key = tuple[str | int, ...]
@@ -41,7 +48,7 @@ NAMES = {
     "compiled": ("target", "tree", "dtype", "arm"),
 }
 COMPILED = (BASELINE, *OURS, "clip_by_global_norm")
-CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip", *REMEDIES)
+CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip", *REMEDIES, *MATRIX_OPTIMIZERS)
 
 
 def key_of(record: Record) -> Key:
