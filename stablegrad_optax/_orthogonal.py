@@ -83,5 +83,5 @@ def _remove(
     """The block without its components along the first ``count`` columns."""
     is_earlier = (jnp.arange(bases.shape[-1]) < count).astype(bases.dtype)
     components = jnp.einsum("kia,kib->kab", bases.conj(), block, precision=precision)
-    components = components * is_earlier[:, None]
+    components = components * is_earlier[None, :, None]
     return block - jnp.einsum("kia,kab->kib", bases, components, precision=precision)
