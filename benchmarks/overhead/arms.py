@@ -12,7 +12,6 @@ from stablegrad_optax import (
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     skip_spikes,
-    soap,
     stablegrad,
 )
 
@@ -73,12 +72,7 @@ REMEDIES: dict[str, Arm] = {
         optimizer=lambda rate: optax.apply_if_finite(optax.adamw(rate), 5)
     ),
 }
-# Optimizers in place of adamw, which are compiled for other machines as well.
-MATRIX_OPTIMIZERS: dict[str, Arm] = {
-    "muon": Arm(optimizer=optax.contrib.muon),
-    "soap": Arm(optimizer=soap),
-}
-ALL_ARMS = ARMS | REMEDIES | MATRIX_OPTIMIZERS
+ALL_ARMS = ARMS | REMEDIES
 OURS = ("stablegrad", "gradient_stabilizer", "gradient_autoscaled_normalization")
 # (tree, dtype) -> what is left out there: XLA:CPU was stopped after ten minutes of
 # compiling it.

@@ -7,14 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib import figures
 from benchmarks.overhead import compilers, tables, trees
-from benchmarks.overhead.arms import (
-    ALL_ARMS,
-    ARMS,
-    BASELINE,
-    MATRIX_OPTIMIZERS,
-    OURS,
-    REMEDIES,
-)
+from benchmarks.overhead.arms import ALL_ARMS, ARMS, BASELINE, OURS, REMEDIES
 from benchmarks.overhead.suite import CROSS_COMPILED, Key, Record
 
 
@@ -149,8 +142,7 @@ def _draw_compiled(
         for tree in trees.TREES
         if ("compiled", target, tree) in {k[:3] for k in records}
     ]
-    others = (BASELINE, *MATRIX_OPTIMIZERS)
-    names = [arm for arm in CROSS_COMPILED if arm not in others]
+    names = [arm for arm in CROSS_COMPILED if arm != BASELINE]
     for index, arm in enumerate(names):
         for dtype in ("float32", "bfloat16"):
             places, values = [], []

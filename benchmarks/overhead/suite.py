@@ -25,14 +25,7 @@ from benchmarks.overhead import (
     timing,
     trees,
 )
-from benchmarks.overhead.arms import (
-    ALL_ARMS,
-    ARMS,
-    BASELINE,
-    MATRIX_OPTIMIZERS,
-    OURS,
-    REMEDIES,
-)
+from benchmarks.overhead.arms import ALL_ARMS, ARMS, BASELINE, OURS, REMEDIES
 
 Record = dict[str, Any]
 Key = tuple[str | int, ...]
@@ -48,7 +41,7 @@ NAMES = {
     "compiled": ("target", "tree", "dtype", "arm"),
 }
 COMPILED = (BASELINE, *OURS, "clip_by_global_norm")
-CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip", *REMEDIES, *MATRIX_OPTIMIZERS)
+CROSS_COMPILED = (*COMPILED, "adaptive_grad_clip", *REMEDIES)
 
 
 def key_of(record: Record) -> Key:
