@@ -43,7 +43,7 @@ def rotate(
 def outer_products(
     stack: jax.Array, axes: Sequence[int], precision: Precision
 ) -> Sides:
-    """For each axis the sum of outer products of slices along it: G G^T, G^T G."""
+    """Returns each axis's sum of outer products, G G^T and G^T G for a matrix."""
     letters = string.ascii_lowercase[: stack.ndim - 1]
     return tuple(
         jnp.einsum(

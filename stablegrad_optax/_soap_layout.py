@@ -1,4 +1,4 @@
-"""Which arrays SOAP rotates together, and along which axes."""
+"""Groups the arrays that SOAP rotates in one stack, and names their axes."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -93,13 +93,11 @@ def _zeros_like(dtype: Callable[[Any], Any], param: Any) -> jax.Array:
 def _square_matrices(
     groups: Sequence[Group], make: Callable[[jax.Array], jax.Array]
 ) -> Any:
-    def of_side(group: Group, axis: int) -> jax.Array:
+    def matrix(group: Group, axis: int) -> jax.Array:
         size = group.axes[axis]
         return make(jnp.zeros((len(group.places), size, size), group.sum_dtype))
 
-    return tuple(
-        tuple(of_side(group, axis) for axis in group.sides) for group in groups
-    )
+    return tuple(tuple(matrix(group, axis) for axis in group.sides) for group in groups)
 
 
 def _identities(zeros: jax.Array) -> jax.Array:

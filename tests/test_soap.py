@@ -161,7 +161,7 @@ def test_stacked_layers_are_slices():
 
 @pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
 def test_the_size_of_the_gradient_cancels(exponent):
-    """From 1e-30 to 1e30, exactly for powers of two."""
+    """Powers of two from 1e-30 to 1e30 change no bit of an update."""
     grads = gradients(25, dtype=np.float32)
     tx = scale_by_soap(precondition_frequency=3)
     factor = np.float32(2.0**exponent)
@@ -191,7 +191,7 @@ def test_gradients_that_grow_or_shrink_by_sixty_orders(rate):
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_zero_gradients_are_no_step_and_hurt_no_later_one(value):
-    """At the start, and between gradients of size ``value``."""
+    """Zeros come at the start, or between gradients of size ``value``."""
     grads = gradients(4, dtype=np.float32)
     zero = jax.tree.map(np.zeros_like, grads[0])
     start = [jax.tree.map(lambda x: np.float32(value) * x, g) for g in grads]
@@ -233,7 +233,7 @@ def hard_matrices(size):
 
 @pytest.mark.parametrize("size", [2, 5, 32, 33, 70])
 def test_bases_stay_orthonormal_for_singular_covariances(size):
-    """In float32, by the update itself: five refreshes of the same covariance."""
+    """The update refreshes the bases of one covariance five times in float32."""
     covariances = hard_matrices(size)
     roots = [
         np.linalg.cholesky(c + 1e-30 * np.eye(size)) if i == 0 else c

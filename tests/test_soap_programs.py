@@ -79,7 +79,7 @@ def is_jaxpr(value):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_decompositions_stand_in_conditionals(batched):
-    """In the program of a batch, too: it decides once."""
+    """A batch of runs decides once whether a refresh is due."""
     tx, params = make(), {"kernel": jnp.ones((2, 3, 3))}
     init, update = (jax.vmap(f) if batched else f for f in (tx.init, tx.update))
     jaxpr = jax.make_jaxpr(update)(params, init(params)).jaxpr
@@ -141,7 +141,7 @@ threads = [threading.Thread(target=run) for _ in range(2)]
 
 @pytest.mark.parametrize("program", [MANY_DECOMPOSITIONS, TWO_THREADS])
 def test_decompositions_on_two_cores_do_not_wait_for_each_other(program):
-    """With a batched LAPACK QR in their place, XLA's thread pool deadlocks.
+    """XLA's thread pool deadlocks if batched LAPACK calls take their place.
 
     The time limit only ends a program that stands still.
     """
