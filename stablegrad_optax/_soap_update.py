@@ -192,8 +192,9 @@ def _step(
     options: Options,
 ) -> tuple[jax.Array, Sides, Moment]:
     """The step of one group, its covariances and its moments."""
+    dtype, precision = jnp.finfo(gradient.dtype).dtype, options.precision
+    sizes = tuple(size.astype(dtype) for size in sizes)
     old_unit, unit = map(_unit, sizes)
-    dtype, precision = unit.dtype, options.precision
     ratio = old_unit / unit
     share1, share2, eps = (
         each.astype(dtype)
@@ -212,7 +213,7 @@ def _step(
     keep = (1 - share2) * ratio**2
     square = over(keep, old_square) * old_square + share2 * power
 
-    floor = eps * sizes[1].astype(dtype) / unit if options.relative_eps else eps / unit
+    floor = eps * sizes[1] / unit if options.relative_eps else eps / unit
     root = safe_sqrt(square) + over(floor, square)
     is_zero = root == 0
     step = jnp.where(is_zero, 0, mean / jnp.where(is_zero, 1, root))
