@@ -17,13 +17,13 @@ import optax
 from optax import contrib
 
 from benchmarks.lib import methods, optax_optimizers
-from benchmarks.lib.soap import soap
 from stablegrad_optax import (
     clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     normalize_by_leaf_norm,
     skip_spikes,
+    soap,
 )
 
 Transformation = optax.GradientTransformation
@@ -68,10 +68,12 @@ def _kernels(params: optax.Params) -> Any:
 
 _adam, _adamw = optax.adam, optax.adamw
 _muon = partial(contrib.muon, muon_weight_dimension_numbers=_kernels)
+_soap = partial(soap, weight_dimension_numbers=_kernels)
 
 # The rates are a factor of about 3 apart (Muon 2, momentum 10) and reach up to where
 # most optimizers fail on most problems.
 _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_SOAP_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _MUON_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 BASES: dict[str, Base] = {
@@ -94,7 +96,9 @@ BASES: dict[str, Base] = {
     "Muon (b2=0.9)": Base(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon (warm-up)": Base(_muon, _MUON_RATES, warm_up=True),
     "Muon (eps=1e-30)": Base(partial(_muon, eps=1e-30), _MUON_RATES),
-    "SOAP": Base(soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    # Stored runs have the absolute eps of the released code.
+    "SOAP": Base(partial(_soap, relative_eps=False), _SOAP_RATES),
+    "SOAP (relative eps)": Base(_soap, _SOAP_RATES),
     # All of Optax, in the spelling of Optax, for the suite `optimizers`.
     **{
         f"optax.{name}": Base(factory, (1e-3, 1e-2, 1e-1, 1.0))
