@@ -54,7 +54,8 @@ def default_optimizers(
 
     They are AdamW, ``optax.contrib.muon`` and :func:`soap`, each alone and after a
     transformation of the gradient. AdamW is also tried with ``b2=0.9``. All other
-    arguments have their default values. Add your own as in ``{**default_optimizers(), "Lion": optax.lion}``.
+    arguments have their default values. Add your own as in
+    ``{**default_optimizers(), "Lion": optax.lion}``.
 
     Args:
       muon_weight_dimension_numbers: The argument of ``optax.contrib.muon`` with this
