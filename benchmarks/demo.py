@@ -10,7 +10,7 @@ and saves a figure.
 import sys
 
 if __name__ == "__main__":
-    from benchmarks.lib.start import start
+    from benchmarks import start
 
     sys.exit(start("benchmarks.demo"))
 
@@ -42,12 +42,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks.lib import figures
-from benchmarks.lib.arms import Arm
 from benchmarks.lib.command_line import fail, parse
-from benchmarks.lib.histories import History, train_together
+from benchmarks.lib.curves import History, train_together
 from benchmarks.lib.machine import provenance
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.train import Moment, Rule, Training, record_steps
+from benchmarks.report import figures
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem, relative_l2
 from benchmarks.tasks.pinn.references import ReferenceFile, read_burgers
@@ -60,14 +60,8 @@ from benchmarks.tasks.pinn.task import (
 )
 
 PROG = "python -m benchmarks.demo"
-# Name -> the arm of `benchmarks.lib.arms`.
-OPTIMIZERS = {
-    "AdamW": "none | AdamW",
-    "Muon": "none | Muon",
-    "clip + Muon": "clip 1 | Muon",
-    "StableGrad + Muon": "StableGrad | Muon",
-}
 SHOWN = "StableGrad + Muon"  # whose gradients the figure shows
+OPTIMIZERS = ("AdamW", "Muon", "clip + Muon", SHOWN)
 REMEDY = "Muon from Glorot weights"
 # A solution of micrometres, in metres, has residuals 1e-6 times as large.
 LOSS_UNIT, UNIT_DEPTH = 1e-12, 8
@@ -224,8 +218,8 @@ def run(
     in_unit = replace(problem, terms=tuple(terms))
     shallow = replace(glorot, depth=UNIT_DEPTH)
 
-    def training(problem: Problem, network: Network, arm: str) -> Training:
-        rule = Rule(Arm.of(arm), steps)
+    def training(problem: Problem, network: Network, optimizer: str) -> Training:
+        rule = Rule(Optimizer.named(optimizer), steps)
         return Training(
             Pinn(problem, network), rule, record_steps(steps), evaluation(problem)
         )
@@ -233,12 +227,12 @@ def run(
     halves = (
         Half(
             f"{depth} layers, {_weights(options)}",
-            {name: training(problem, default, arm) for name, arm in OPTIMIZERS.items()}
-            | {REMEDY: training(problem, glorot, OPTIMIZERS["Muon"])},
+            {name: training(problem, default, name) for name in OPTIMIZERS}
+            | {REMEDY: training(problem, glorot, "Muon")},
         ),
         Half(
             f"{UNIT_DEPTH} layers, Glorot weights, loss times {LOSS_UNIT:g}",
-            {name: training(in_unit, shallow, arm) for name, arm in OPTIMIZERS.items()},
+            {name: training(in_unit, shallow, name) for name in OPTIMIZERS},
         ),
     )
     console.print(

@@ -1,4 +1,4 @@
-"""Does my network need this? `gradient_report` on three networks at their start.
+"""Does my network need this? `gradient_report` on three networks at initialization.
 
 A healthy one, one whose gradients explode, and one with the default initializer of
 Equinox and PyTorch, whose gradients differ by orders of magnitude between layers.
@@ -7,7 +7,7 @@ Equinox and PyTorch, whose gradients differ by orders of magnitude between layer
 import sys
 
 if __name__ == "__main__":
-    from benchmarks.lib.start import start
+    from benchmarks import start
 
     sys.exit(start("benchmarks.gradients"))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    from benchmarks.lib.start import start
+    from benchmarks import start
 
     sys.exit(start("benchmarks.initializers"))
 
@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.lib import machine, runs
 from benchmarks.lib.command_line import parse
-from benchmarks.lib.tables import markdown_table
+from benchmarks.report.tables import markdown_table
 from benchmarks.tasks.pinn.ansatz import Derivatives, SecondOrder
 from benchmarks.tasks.pinn.network import (
     ACTIVATIONS,

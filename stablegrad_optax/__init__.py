@@ -26,6 +26,8 @@ from stablegrad_optax._report_history import History
 from stablegrad_optax._report_measure import LeafReport
 from stablegrad_optax._report_verdict import GradientReport
 from stablegrad_optax._runs import OptimizerRuns
+from stablegrad_optax._soap import scale_by_soap, soap
+from stablegrad_optax._soap_update import SoapState
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
@@ -44,6 +46,7 @@ __all__ = [
     "NormalizeByLeafNormState",
     "OptimizerRuns",
     "SkipSpikesState",
+    "SoapState",
     "StableGradState",
     "activation_aware_normal",
     "clip_by_history",
@@ -57,8 +60,10 @@ __all__ = [
     "layer_norms",
     "normalize_by_leaf_norm",
     "prediction_grad_std",
+    "scale_by_soap",
     "scale_factors",
     "skip_spikes",
+    "soap",
     "stablegrad",
     "value_and_grad_with_prediction_std",
 ]

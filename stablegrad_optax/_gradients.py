@@ -143,9 +143,23 @@ def receive(
       updates: The gradients.
       lay_out: The function with which ``init`` laid out the parameters.
       state: The state of the transformation, with ``scale_factors`` and ``leaf_ids``.
-      params: The parameters, whose shapes are compared, or None.
+      params: The parameters, if ``update`` was given them.
     """
     layout = lay_out(updates)
+    require_gradients(layout, state.leaf_ids, params)
+    return Gradients(updates, layout, state.scale_factors.dtype)
+
+
+def require_gradients(
+    layout: Layout, leaf_ids: jax.Array, params: PyTree | None
+) -> None:
+    """Raises for gradients that are integers, or of other leaves than the state's.
+
+    Args:
+      layout: The layout of the gradients.
+      leaf_ids: The ids that the state has kept since ``init``.
+      params: The parameters, if ``update`` was given them: shapes are compared.
+    """
     for leaf in layout.leaves:
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool:
             raise ValueError(
@@ -154,8 +168,7 @@ def receive(
             )
     if params is not None:
         _require_shapes(layout, params)
-    _require_ids(layout, state.leaf_ids)
-    return Gradients(updates, layout, state.scale_factors.dtype)
+    _require_ids(layout, leaf_ids)
 
 
 def _require_shapes(layout: Layout, params: PyTree) -> None:

@@ -10,6 +10,7 @@ import optax
 
 from stablegrad_optax._checks import require_number
 from stablegrad_optax._normalize import normalize_by_leaf_norm
+from stablegrad_optax._soap import soap
 from stablegrad_optax._stablegrad import stablegrad
 
 Factory = Callable[[optax.Schedule], optax.GradientTransformation]
@@ -51,9 +52,10 @@ def default_optimizers(
 ) -> dict[str, Factory]:
     """Returns the optimizers that :func:`compare_optimizers` tries by default.
 
-    They are AdamW and ``optax.contrib.muon``, each alone and after a transformation of
-    the gradient. AdamW is also tried with ``b2=0.9``. All other arguments have Optax's
-    default values. Add your own as in ``{**default_optimizers(), "Lion": optax.lion}``.
+    They are AdamW, ``optax.contrib.muon`` and :func:`soap`, each alone and after a
+    transformation of the gradient. AdamW is also tried with ``b2=0.9``. All other
+    arguments have their default values. Add your own as in
+    ``{**default_optimizers(), "Lion": optax.lion}``.
 
     Args:
       muon_weight_dimension_numbers: The argument of ``optax.contrib.muon`` with this
@@ -78,6 +80,8 @@ def default_optimizers(
       clip + Muon
       normalize per array + Muon
       StableGrad + Muon
+      SOAP
+      normalize per array + SOAP
     """
     adamw: Factory = optax.adamw
     adamw_b2: Factory = functools.partial(optax.adamw, b2=0.9)
@@ -107,6 +111,8 @@ def default_optimizers(
         "clip + Muon": Chain(clip, muon),
         "normalize per array + Muon": Chain(normalize, muon),
         "StableGrad + Muon": Chain(scale, muon),
+        "SOAP": soap,
+        "normalize per array + SOAP": Chain(normalize, soap),
     }
 
 

@@ -20,6 +20,7 @@ from stablegrad_optax import (
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     normalize_by_leaf_norm,
+    scale_by_soap,
     skip_spikes,
     stablegrad,
 )
@@ -45,6 +46,8 @@ class Case:
             to no array.
         converges: The problems that SGD with a decaying rate solves after the
             transformation. Mean removal keeps the mean that a weight starts with.
+        has_moments: The state holds moments in the shape of the parameters, as Adam's
+            does. It has no mask and no scale factors, and does not forget NaN.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Case:
     is_layerwise: bool = True
     converges: tuple[str, ...] = ("parabola", "rosenbrock", "matrix")
     is_wrapper: bool = False
+    has_moments: bool = False
 
     def make(self, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         """Makes the transformation, with some arguments replaced."""
@@ -208,9 +212,18 @@ CASES = [
         is_layerwise=False,
         is_wrapper=True,
     ),
+    Case("soap", scale_by_soap, has_moments=True),
+    Case(
+        "soap-stacked",
+        scale_by_soap,
+        {"num_stacked_axes": stacked_by_name, "precondition_frequency": 1},
+        static_args=("num_stacked_axes",),
+        has_moments=True,
+    ),
 ]
 
-TRANSFORMATIONS = [case for case in CASES if not case.is_wrapper]
+# What has a mask, scale factors, and statistics of its own arrays.
+TRANSFORMATIONS = [c for c in CASES if not c.is_wrapper and not c.has_moments]
 each_transformation = pytest.mark.parametrize(
     "case", TRANSFORMATIONS, ids=lambda case: case.name
 )
@@ -220,6 +233,17 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # One case of each method: for what a variant of its arguments cannot change.
 METHODS = list({case.factory: case for case in reversed(CASES)}.values())[::-1]
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+
+# What changes the scale of gradients and has no moments of its own.
+SCALING_CASES, SCALING_METHODS = (
+    [case for case in cases if not case.has_moments] for cases in (CASES, METHODS)
+)
+each_scaling_case = pytest.mark.parametrize(
+    "case", SCALING_CASES, ids=lambda case: case.name
+)
+each_scaling_method = pytest.mark.parametrize(
+    "case", SCALING_METHODS, ids=lambda case: case.name
+)
 
 SHAPES = {
     "hidden": {"bias": (3,), "kernel": (4, 3)},

@@ -1,11 +1,11 @@
-"""Treatments of a part of the gradient: of Muon's matrices, or of the rest."""
+"""Methods on a part of the gradient: on Muon's matrices, or on the rest."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.lib.arms import TREATMENTS, Arm
+from benchmarks.lib.optimizers import METHODS, Optimizer
 
 GRADS = {
     "dense": {
@@ -17,14 +17,14 @@ GRADS = {
 MATRICES = {"dense": {"kernel": True, "bias": False}, "out": {"kernel": True}}
 
 
-def treated(name):
-    tx = TREATMENTS[name]()
+def changed(name):
+    tx = METHODS[name]()
     return tx.update(GRADS, tx.init(GRADS), GRADS)[0]
 
 
-@pytest.mark.parametrize("name", ["clip 1", "StableGrad"])
-def test_the_two_parts_of_a_treatment_make_up_the_whole(name):
-    whole = treated(name)
+@pytest.mark.parametrize("name", ["clip", "StableGrad"])
+def test_the_two_parts_of_a_method_make_up_the_method(name):
+    whole = changed(name)
     assert all(
         not np.allclose(new, old)
         for new, old in zip(jax.tree.leaves(whole), jax.tree.leaves(GRADS), strict=True)
@@ -39,11 +39,11 @@ def test_the_two_parts_of_a_treatment_make_up_the_whole(name):
             MATRICES,
         )
         jax.tree.map(
-            np.testing.assert_array_equal, treated(f"{name} on {part}"), expected
+            np.testing.assert_array_equal, changed(f"{name} on {part}"), expected
         )
 
 
 def test_they_stand_before_an_optimizer():
-    tx = Arm.of("StableGrad on biases | Muon")(lambda count: 1e-3)
+    tx = Optimizer.named("StableGrad on biases + Muon")(lambda count: 1e-3)
     updates, _ = tx.update(GRADS, tx.init(GRADS), GRADS, probes={})
     assert all(jnp.isfinite(u).all() and u.any() for u in jax.tree.leaves(updates))

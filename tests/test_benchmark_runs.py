@@ -1,8 +1,8 @@
-"""Files of runs: whole lines, resuming, the choice of a rate; what runs say."""
+"""Files of runs: whole lines, resuming, archives, the choice of a rate."""
 
 import math
 import multiprocessing
-import operator
+import random
 import resource
 import signal
 import threading
@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from benchmarks.lib import runs, start
+import benchmarks
+from benchmarks.lib import runs
 from benchmarks.lib.grid import Ledger, run_grid
-from benchmarks.lib.regret import regret, versus_table
 from benchmarks.lib.runs import Run
 from benchmarks.lib.suite import (
     Entry,
@@ -24,13 +24,12 @@ from benchmarks.lib.suite import (
     lowest_worst,
     lowest_worst_with_margin,
 )
-from benchmarks.lib.summary import scores
 
 PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=(10, 11, 12))
 ENTRIES = [
-    Entry({"preset": "p", "problem": problem, "arm": arm}, (0.1, 0.2), cost=2.0)
+    Entry({"preset": "p", "problem": problem, "optimizer": name}, (0.1, 0.2), cost=2.0)
     for problem in ("easy", "hard")
-    for arm in ("A", "B")
+    for name in ("A", "B")
 ]
 PRESET = Preset([[entry] for entry in ENTRIES], PROTOCOL, "no time", "a test")
 NUM_RUNS = 4 * (4 + 3)
@@ -77,15 +76,82 @@ def test_a_line_that_is_not_a_run_is_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     assert run(Trainer(), path) == 0
     (good, *_) = runs.read(path)
-    for key, value in (("seed", None), ("error", "low"), ("arm", 3), ("failed", 0)):
+    for key, value in (
+        ("seed", None),
+        ("error", "low"),
+        ("optimizer", 3),
+        ("failed", 0),
+    ):
         path.unlink()
         runs.append(path, [good, {**good, key: value}])
         with pytest.raises(ValueError, match=f"line 2, is not a run: its {key} is"):
             runs.read(path)
     path.unlink()
     runs.append(path, [{"answer": 42}])
-    with pytest.raises(ValueError, match="line 1, is not a run: it has no arm"):
+    with pytest.raises(ValueError, match="line 1, is not a run: it has no phase"):
         runs.read(path)
+
+
+def test_an_archive_holds_the_lines_and_both_files_are_read_as_one(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs.archive(path)
+    assert not list(tmp_path.iterdir())
+    for number in range(3):
+        runs.append(path, [{"a": number}, {"b": "x" * 1000}])
+        assert runs.read_lines(path)[-2] == {"a": number} or number
+        runs.archive(path)
+        assert path.read_bytes() == b""
+    # A line that is there twice, as a crash within `archive` leaves it, counts once.
+    runs.append(path, [{"a": 1}, {"a": 7}])
+    expected = [{"a": 0}, {"b": "x" * 1000}, {"a": 1}, {"a": 2}, {"a": 7}]
+    assert runs.read_lines(path) == expected
+    assert path.with_name("runs.jsonl.gz").stat().st_size < 200
+
+
+def test_a_torn_line_is_not_archived(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    runs.archive(path)
+    assert runs.read_lines(path) == [{"a": 1}]
+
+
+def test_what_is_appended_while_a_file_is_archived_is_kept(tmp_path):
+    path, num = tmp_path / "runs.jsonl", 60
+
+    def write(name):
+        for number in range(num):
+            runs.append(path, [{name: number}])
+
+    writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        runs.archive(path)
+    records = runs.read_lines(path)
+    assert len(records) == 2 * num
+    assert [r["a"] for r in records if "a" in r] == list(range(num))
+
+
+def test_an_archive_that_cannot_be_written_loses_nothing(tmp_path, small_disk):
+    path = tmp_path / "runs.jsonl"
+    rng = random.Random(0)
+    runs.append(path, [{"a": [rng.random() for _ in range(100)]}])
+    records = runs.read_lines(path)
+    small_disk(100)
+    with pytest.raises(OSError, match="File too large"):
+        runs.archive(path)
+    assert runs.read_lines(path) == records
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.jsonl"]
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs.append(path, [{"a": number} for number in range(50)])
+    runs.archive(path)
+    archive = path.with_name("runs.jsonl.gz")
+    archive.write_bytes(archive.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"runs.jsonl.gz is damaged"):
+        runs.read_lines(path)
 
 
 @pytest.fixture
@@ -314,17 +380,16 @@ def test_other_runs_of_the_file_do_not_count():
 
 
 def test_one_rate_needs_no_tuning():
-    entry = Entry({"arm": "A"}, (0.1,))
+    entry = Entry({"optimizer": "A"}, (0.1,))
     missing = Ledger(replace(PRESET, groups=[[entry]])).missing([entry])
     assert missing == [
-        Run(entry.settings, 0.1, seed, "reported", detailed=seed == 10)
-        for seed in PROTOCOL.reported_seeds
+        Run(entry.settings, 0.1, seed, "reported") for seed in PROTOCOL.reported_seeds
     ]
 
 
 def test_runs_that_tune_may_be_shorter():
     """They say so, cost less, and choose the rate of the whole ones."""
-    settings = {"arm": "A | B", "optimizer": "B", "steps": 100, "tuning_steps": 25}
+    settings = {"optimizer": "A", "steps": 100, "tuning_steps": 25}
     entry = Entry(settings, (0.1, 0.2), cost=8.0)
     ledger = Ledger(replace(PRESET, groups=[[entry]]))
     records = []
@@ -335,114 +400,29 @@ def test_runs_that_tune_may_be_shorter():
         ledger.add(records)
         assert ledger.done() == (len(records), 2.0 * 4 + 8.0 * (len(records) - 4))
     assert ledger.cost == ledger.done()[1]
-    table = scores(records, ("optimizer", "steps"))
-    assert list(table) == [("B", 100)]
-    assert table["B", 100]["A"].rates == (0.1, 0.2)
-    assert table["B", 100]["A"].learning_rate == 0.1
+    assert {record["learning_rate"] for record in records[4:]} == {0.1}
 
 
-# The regret table, against numbers worked out by hand
-
-
-def reported(problem, arm, *errors, rate=0.1):
-    settings = {"problem": problem, "arm": arm, "learning_rate": rate}
-    return [
-        {**settings, "phase": "reported", "seed": seed, **result(error)}
-        for seed, error in enumerate(errors)
+def test_without_tuning_every_rate_is_reported():
+    """For curves of the error against the learning rate."""
+    protocol = Protocol((), (10, 11, 12), None)
+    entry = Entry({"optimizer": "A"}, (0.1, 0.2, 0.3), cost=2.0)
+    preset = replace(PRESET, groups=[[entry]], protocol=protocol)
+    ledger = Ledger(preset)
+    missing = ledger.missing([entry])
+    assert [(run.learning_rate, run.seed) for run in missing] == [
+        (rate, seed) for rate in (0.1, 0.2, 0.3) for seed in (10, 11, 12)
     ]
-
-
-TABLE = [
-    # A solves cell 1, B misses it once: its median is twice A's.
-    *reported("1", "A", 0.10, 0.12, 0.11),
-    *reported("1", "B", 0.20, 0.22, math.nan),
-    *reported("1", "C", 0.9, 2.0, 3.0),
-    # B is the best of cell 2, A next to it, C fails.
-    *reported("2", "A", 0.05, 0.04, 0.06),
-    *reported("2", "B", 0.04, 0.04, 0.04),
-    *reported("2", "C", 0.6, 0.1, 0.1),
-    # Nobody solves cell 3 in every run: it says nothing.
-    *reported("3", "A", 0.6, 0.6, 0.6),
-    *reported("3", "B", 0.1, 0.1, 0.7),
-    *reported("3", "C", 0.8, 0.8, 0.8),
-    # Cell 4 lacks C, which is compared in the others.
-    *reported("4", "A", 0.1, 0.1, 0.1),
-    *reported("4", "B", 0.1, 0.1, 0.1),
-]
-
-
-def test_the_regret_table_is_the_one_worked_out_by_hand():
-    tuning = {**TABLE[0], "phase": "tuning", "error": 1e-9}
-    table = scores([tuning, *TABLE], ("problem",))
-    assert list(table) == [("1",), ("2",), ("3",), ("4",)]
-    by_arm = {r.arm: r for r in regret(table)}
-    assert list(by_arm) == ["A", "B", "C"]
-    assert [r.failed for r in by_arm.values()] == [(), (("1",),), (("1",), ("2",))]
-    assert [r.num_failed_runs for r in by_arm.values()] == [0, 1, 4]
-    assert [r.num_runs for r in by_arm.values()] == [9, 9, 6]
-    assert by_arm["A"].costs == pytest.approx({("1",): 1.0, ("2",): 1.25, ("4",): 1.0})
-    assert by_arm["B"].costs == pytest.approx({("1",): 2.0, ("2",): 1.0, ("4",): 1.0})
-    # Errors above 1 count as 1: 1 / 0.11.
-    assert by_arm["C"].worst == pytest.approx(1 / 0.11)
-    assert by_arm["A"].median == pytest.approx(1.0)
-
-
-def test_runs_at_a_rate_that_is_no_longer_chosen_do_not_count():
-    old, new = reported("1", "A", 0.5, 0.6), reported("1", "A", 0.1, 0.2, rate=0.3)
-    tuning = [{**old[0], "phase": "tuning"}]
-    (score,) = scores([*tuning, *old], ("problem",))["1",].values()
-    assert score.records == tuple(old)
-    tuning.append({**new[0], "phase": "tuning"})
-    (score,) = scores([*tuning, *old, *new], ("problem",))["1",].values()
-    assert score.records == tuple(new)
-    assert scores([*tuning, *old], ("problem",)) == {}
-
-
-def test_regret_may_be_a_difference_and_cells_may_lack_an_arm():
-    table = scores(TABLE, ("problem",))
-    by_arm = {r.arm: r for r in regret(table, operator.sub)}
-    expected = {("1",): 0.0, ("2",): 0.01, ("4",): 0.0}
-    assert by_arm["A"].costs == pytest.approx(expected)
-    assert by_arm["C"].costs == pytest.approx({("1",): 0.89, ("2",): 0.06})
-    assert [by_arm[arm].num_runs for arm in "ABC"] == [9, 9, 6]
-
-
-def test_one_arm_against_another_is_the_row_worked_out_by_hand():
-    table = versus_table(scores(TABLE, ("problem",)), [("A", "B"), ("C", "A"), "AZ"])
-    _, _, *rows = table.splitlines()
-    # Cells 1, 2 and 4, with ratios 1/2, 5/4 and 1; one failure in 9 runs of each is as
-    # likely with either arm. All 3 of 6 that fail in cell 1 and the one of cell 2 are
-    # C's, or A's: 2 of the (6 over 3) 2 ways.
-    # However the seeds are drawn, A's and B's middle ratio is that of cell 4. C's and
-    # A's reach from 0.9 / 0.12 and 0.1 / 0.06 to 1 / 0.10 and 0.6 / 0.04.
-    interval = rows[1].split(" 5.55 ")[1].split(" |")[0]
-    low, high = map(float, interval.strip("[]").split(", "))
-    assert (0.9 / 0.12 + 0.1 / 0.06) / 2 < low < 5.55 < high <= (10 + 15) / 2
-    assert rows == [
-        "| A | B | 1 of 3 | 1.00 [1.00, 1.00] | 0 of 9 against 1 of 9 | 1 |",
-        f"| C | A | 0 of 2 | 5.55 {interval} | 4 of 6 against 0 of 6 | 0.05 |",
-    ]
-
-
-def test_where_the_optimizer_is_of_the_cell_a_row_is_a_treatment():
-    rows = [
-        {**row, "optimizer": "AdamW", "arm": f"{row['arm']} | AdamW"}
-        for row in reported("1", "clip 1", 0.1)
-    ]
-    (column,) = scores(rows, ("problem", "optimizer")).values()
-    assert list(column) == ["clip 1"]
-    (column,) = scores(rows, ("problem",)).values()
-    assert list(column) == ["clip 1 | AdamW"]
-
-
-def test_without_a_solved_cell_there_is_no_regret():
-    assert regret(scores(reported("3", "A", 0.6), ("problem",))) == []
+    assert {run.phase for run in missing} == {"reported"}
+    assert (preset.num_runs, ledger.cost) == (9, 18.0)
+    ledger.add(run.as_record() for run in missing)
+    assert ledger.done() == (9, 18.0)
 
 
 def test_ctrl_c_while_modules_are_imported_is_quiet(monkeypatch, capsys):
     def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start, "import_module", interrupt)
-    assert start.start("benchmarks.demo") == 130
+    monkeypatch.setattr(benchmarks, "import_module", interrupt)
+    assert benchmarks.start("benchmarks.demo") == 130
     assert capsys.readouterr() == ("", "")

@@ -4,7 +4,6 @@ The programs of the first part are small enough to know their bytes; the second 
 compiles for a TPU v5e, which needs libtpu but no TPU.
 """
 
-import json
 import re
 
 import jax
@@ -13,9 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from benchmarks.lib import runs
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import compilers, costs, hlo, programs, trees
-from benchmarks.overhead.arms import ALL_ARMS, BASELINE, OURS
+from benchmarks.overhead.optimizers import (
+    BASELINE,
+    CHAINS,
+    CLIP,
+    METHODS_OF_THE_PACKAGE,
+)
 
 ROWS = 1024  # whole tiles of a TPU
 ARRAY = jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32)
@@ -133,7 +138,7 @@ def test_what_is_fetched_ahead_counts_once_and_what_is_on_the_chip_never():
 
 @pytest.fixture
 def compiler_here(monkeypatch):
-    """Compiles for CPUs of this computer; only one tree is there, and two arms."""
+    """Compiles for CPUs of this computer; one small tree and two optimizers."""
     cpus = np.array(jax.devices()[:4]).reshape(2, 2)
     here = compilers.Compiler(
         SingleDeviceSharding(jax.devices()[0]), Mesh(cpus, ("rows", "columns")), "none"
@@ -142,28 +147,26 @@ def compiler_here(monkeypatch):
     monkeypatch.setattr(compilers, "load", lambda target: here)
     layer = {"dense": {"kernel": (4, 6), "bias": (6,)}}
     monkeypatch.setitem(trees.TREES, "e", ("small", lambda: layer))
-    arms = (BASELINE, "clip_by_global_norm")
-    monkeypatch.setattr(command, "CROSS_COMPILED", arms)
+    monkeypatch.setattr(command, "COMPILED", (BASELINE, CLIP))
 
 
 def test_the_command_compiles_keeps_and_resumes(compiler_here, tmp_path, capsys):
     args = ["--compiled", "tpu", "--quick", "--output", str(tmp_path)]
     assert command.main(args) == 0
-    assert re.search(
-        r"clip_by_global_norm │ .* MB, \d+ kernels", capsys.readouterr().out
-    )
-    lines = (tmp_path / "overhead.jsonl").read_text().splitlines()
-    adamw, clip = map(json.loads, lines)
+    printed = capsys.readouterr().out
+    assert re.search(r"clip \+ AdamW: .* MB, \d+ kernels", printed)
+    records = runs.read(tmp_path / "overhead.jsonl")
+    adamw, clip = records
     assert clip["target"] == "tpu"
     assert clip["all_reduces"] > adamw["all_reduces"] == 0
     assert clip["bytes"] > adamw["bytes"] > 7 * adamw["gradient_bytes"]
     table = (tmp_path / "overhead.md").read_text()
     ratio = clip["bytes"] / adamw["bytes"]
-    assert f"| clip_by_global_norm | {ratio:.3f} / - |" in table
+    assert f"| clip + AdamW | {ratio:.3f} |" in table
     assert (tmp_path / "overhead_compiled.png").read_bytes().startswith(b"\x89PNG")
 
     assert command.main(args) == 0
-    assert (tmp_path / "overhead.jsonl").read_text().splitlines() == lines
+    assert runs.read(tmp_path / "overhead.jsonl") == records
 
 
 def test_what_could_not_be_compiled_is_shown_and_tried_again(
@@ -178,8 +181,9 @@ def test_what_could_not_be_compiled_is_shown_and_tried_again(
         assert command.main(args) == 0
     assert "failed: RESOURCE_EXHAUSTED: too large" in capsys.readouterr().out
     table = tmp_path / "overhead.md"
-    assert "| clip_by_global_norm | failed / - |" in table.read_text()
-    assert "Failed: e float32 adamw: RESOURCE_EXHAUSTED: too large" in table.read_text()
+    assert "| clip + AdamW | failed |" in table.read_text()
+    message = "Failed: gpu e float32 AdamW: RESOURCE_EXHAUSTED: too large"
+    assert message in table.read_text()
     assert command.main(args) == 0
     assert "failed" not in table.read_text()
 
@@ -199,6 +203,11 @@ def test_a_compiler_that_is_not_installed_costs_one_line(
 
 needs_libtpu = pytest.mark.skipif(
     compilers.missing("tpu") is not None, reason=str(compilers.missing("tpu"))
+)
+MEASURED = (
+    *METHODS_OF_THE_PACKAGE,
+    "clip by history + AdamW",
+    "skip spikes + AdamW",
 )
 BYTES = 1.16  # over adamw's; one more read of the gradient is 8/7 = 1.143
 
@@ -223,7 +232,7 @@ def test_a_tpus_bytes_are_those_that_a_program_must_move(tpu, name):
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*OURS, "clip_by_history", "skip_spikes"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     tpu, name, dtype
 ):
@@ -231,11 +240,11 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     tree = trees.abstract(shapes(), jnp.dtype(dtype))
     own, base = (
         costs.count(
-            programs.lower(ALL_ARMS[arm], tree, lambda leaf: tpu.device)
+            programs.lower(CHAINS[chain], tree, lambda leaf: tpu.device)
             .compile()
             .as_text()
         )
-        for arm in (name, BASELINE)
+        for chain in (name, BASELINE)
     )
     assert own.always.num_bytes <= BYTES * base.always.num_bytes
     assert own.always.conditionals == 0
@@ -244,12 +253,12 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
 
 @needs_libtpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*OURS, "clip_by_history", "skip_spikes"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_on_2_by_2_tpus_a_method_needs_one_all_reduce(tpu, name, dtype):
     """Whatever the number of sharded leaves, large and small, biases among them."""
     shapes = trees.decoder(blocks=2, width=256) | trees.equal(20)
     tree = trees.abstract(shapes, jnp.dtype(dtype))
-    lowered = programs.lower(ALL_ARMS[name], tree, programs.sharded_over(tpu.mesh))
+    lowered = programs.lower(CHAINS[name], tree, programs.sharded_over(tpu.mesh))
     always, branches = costs.count(lowered.compile().as_text())
     assert (always.all_reduces, branches.all_reduces) == (1, 0)
     assert always.other_collectives == branches.other_collectives == 0

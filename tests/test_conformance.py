@@ -16,6 +16,8 @@ from cases import (
     assert_trees_equal,
     each_case,
     each_method,
+    each_scaling_case,
+    each_scaling_method,
     each_transformation,
     gradients,
 )
@@ -93,7 +95,7 @@ def test_state_keeps_structure_shapes_and_dtypes(case):
     assert len({field.unsafe_buffer_pointer() for field in fields}) == len(fields)
 
 
-@each_case
+@each_scaling_case
 def test_state_is_one_vector_per_statistic(case):
     """A params-shaped tree of scalars breaks sharding metadata."""
     few, many = gradients(), {str(i): gradients() for i in range(3)}
@@ -123,7 +125,7 @@ def test_no_array_is_made_before_init(case):
     del tx
 
 
-@each_method
+@each_scaling_method
 def test_map_params_leaves_the_statistics_alone(case):
     tx = optax.chain(case.tx, optax.adam(1e-3))
     grads = gradients()
@@ -198,9 +200,11 @@ def test_inject_hyperparams_equals_plain(case):
     for seed in (0, 1, 2):
         updates, state = step(gradients(seed), state)
         expected, plain = case.update(gradients(seed), plain)
-        # The hyperparameters are float32: 1 - 0.999 is right to 1.7e-5.
-        assert_trees_close(updates, expected, rtol=2e-5)
-    assert_trees_close(state.inner_state, plain, rtol=2e-5)
+        # The hyperparameters are float32: 1 - 0.999 is right to 1.7e-5. Entries of a
+        # rotated matrix are sums, which may be near zero.
+        close = {"rtol": 2e-5, "atol": 1e-5 if case.has_moments else 1e-12}
+        assert_trees_close(updates, expected, **close)
+    assert_trees_close(state.inner_state, plain, **close)
 
 
 @each_method
@@ -248,7 +252,8 @@ def test_mixed_precision_trees(case):
         chex.assert_trees_all_equal_dtypes(updates, mixed)
         fields = jax.tree.leaves(state)
         floats = [x for x in fields if jnp.issubdtype(x.dtype, jnp.floating)]
-        assert {x.dtype for x in floats} <= {jnp.dtype("float64")}
+        if not case.has_moments:  # a moment has the precision of its own leaf
+            assert {x.dtype for x in floats} <= {jnp.dtype("float64")}
         alone, _ = case.update(wide, case.tx.init(wide))
         for name, dtype in dtypes.items():
             # bfloat16 has 8 bits, which a global statistic hands on to all leaves.

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import stablegrad_optax
 from benchmarks import demo
-from benchmarks.lib import figures
+from benchmarks.report import figures
 from benchmarks.tasks.pinn.references import cole_hopf, read_burgers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -75,7 +75,7 @@ def test_a_figure_is_whole_or_what_was_there_before(where, tmp_path, monkeypatch
     path = tmp_path / "figure.png"
     path.write_text("what was there before")
     with monkeypatch.context() as patch:
-        patch.setattr(f"benchmarks.lib.figures.{where}", interrupt)
+        patch.setattr(f"benchmarks.report.figures.{where}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             figures.save(figures.plt.figure(), path)
     assert os.listdir(tmp_path) == ["figure.png"]

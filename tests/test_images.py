@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.lib.arms import Arm
+from benchmarks.lib.curves import curves_of
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.suite import Entry
-from benchmarks.lib.timing import time_trainings
-from benchmarks.lib.train import Rule, Training, curves_of, kernels, moments
+from benchmarks.lib.train import Rule, Training, kernels, moments
 from benchmarks.lib.train import schedule as schedule_of
 from benchmarks.suites import vision
 from benchmarks.tasks.images.data import Data, Images, load
@@ -32,10 +32,10 @@ def task_of(model, batch=16, steps=6):
     return Classifier(on_device(data), model, Recipe.of(data), batch, steps)
 
 
-def train(arm, *, seed, rate=0.01, batch=16, steps=6):
+def train(optimizer, *, seed, rate=0.01, batch=16, steps=6):
     training = Training(
         task_of(TINY, batch, steps),
-        Rule(Arm.of(arm), steps, warm_up=True),
+        Rule(Optimizer.named(optimizer), steps, warm_up=True),
         range(1, steps + 1),
         in_parts(load("digits"), "test"),
     )
@@ -203,9 +203,9 @@ def test_digits_are_not_augmented():
 
 
 def test_training_is_momentum_sgd_on_the_named_batches():
-    """Against a literal loop: no BatchNorm, arm "none"."""
+    """Against a literal loop: no BatchNorm, momentum alone."""
     data, seed, steps, batch = load("digits"), 3, 6, 16
-    curves = train("none | momentum", seed=seed, rate=0.05, batch=batch, steps=steps)
+    curves = train("momentum", seed=seed, rate=0.05, batch=batch, steps=steps)
     key_weights, _ = jax.random.split(jax.random.key(seed))
     params = TINY.init(key_weights, jnp.zeros((1, 8, 8, 1)))["params"]
     pixels, labels = data.splits["train"]
@@ -244,7 +244,7 @@ def score(model, params, batch_stats, images):
 
 
 def test_equal_seeds_make_equal_runs_and_other_seeds_others():
-    one, same, other = (train("clip 1 | momentum", seed=seed) for seed in (5, 5, 6))
+    one, same, other = (train("clip + momentum", seed=seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one.loss, same.loss)
     assert not np.array_equal(one.loss, other.loss)
 
@@ -295,27 +295,15 @@ def test_kernels_come_in_the_order_of_the_layers():
 
 
 def test_rates_follow_the_gradients_scale_under_momentum_alone():
-    for optimizer, expected in (("momentum", (1e-3, 1e-2)), ("AdamW", (0.1, 1.0))):
+    for base, expected in (("momentum", (1e-3, 1e-2)), ("AdamW", (0.1, 1.0))):
         groups = vision._groups(
             "smoke",
             "ResNet-20",
             2,
-            optimizer=optimizer,
-            treatments=("z-score",),
+            base=base,
+            methods=("ZNorm",),
             rates=(0.1, 1.0),
         )
         ((entry,),) = groups
         assert isinstance(entry, Entry)
         assert entry.learning_rates == expected
-
-
-@pytest.mark.slow
-def test_times_of_steps_are_over_the_first():
-    (cell, *_) = vision.SUITE.timed
-    trainings = {
-        settings["arm"]: vision.training({**settings, "model": "ResNet-20"}, "reported")
-        for settings in cell[:2]
-    }
-    times = time_trainings(trainings, rounds=1, baseline="none | momentum")
-    assert times["none | momentum"].record()["ratio"] == 1
-    assert times["StableGrad 0.01 | momentum"].record()["ratio"] > 0

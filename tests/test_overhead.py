@@ -1,6 +1,5 @@
 """What compiled steps consist of, never how long they take; and the command."""
 
-import json
 import re
 
 import jax
@@ -9,10 +8,19 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.lib import runs
 from benchmarks.lib import timing as lib_timing
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import programs, report, suite, timing, trees
-from benchmarks.overhead.arms import ARMS, BASELINE, OURS, Arm
+from benchmarks.overhead import page, programs, timing, trees
+from benchmarks.overhead.measurements import Measurements
+from benchmarks.overhead.optimizers import (
+    AGAIN,
+    BASELINE,
+    CHAINS,
+    METHODS_OF_THE_PACKAGE,
+    TIMED,
+    Chain,
+)
 from benchmarks.tasks.images.models import ResNet
 
 # Large leaves, as matrices and as convolutions: their sums are kernels of their own
@@ -33,39 +41,39 @@ def gradient_bytes(tree):
 
 
 @pytest.mark.recent_xla
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE)
 def test_float32_needs_no_memory_of_the_gradients_size(name):
     """Another pass included, and what leaves of one shape could share."""
     twice = {f"{layer}_{i}": SHAPES[layer] for layer in SHAPES for i in range(2)}
     tree = trees.abstract(twice, jnp.dtype("float32"))
     needed, base = (
-        programs.temporary_bytes(programs.compile_step(arm, tree))
-        for arm in (ARMS[name], ARMS[BASELINE])
+        programs.temporary_bytes(programs.compile_step(chain, tree))
+        for chain in (CHAINS[name], CHAINS[BASELINE])
     )
     assert needed - base < gradient_bytes(tree) / 100
 
 
 @pytest.mark.recent_xla
-@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE[:2])
 def test_bfloat16_needs_what_any_scaling_needs(name):
     """XLA on CPUs writes every bfloat16 leaf that two loops read, scale(0.5)'s too."""
     tree = large("bfloat16")
-    halved = Arm(lambda: optax.scale(0.5))
+    halved = Chain(lambda: optax.scale(0.5))
     needed, base = (
-        programs.temporary_bytes(programs.compile_step(arm, tree))
-        for arm in (ARMS[name], halved)
+        programs.temporary_bytes(programs.compile_step(chain, tree))
+        for chain in (CHAINS[name], halved)
     )
     assert needed - base < gradient_bytes(tree) / 100
 
 
 @pytest.mark.recent_xla
-@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE[:2])
 def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
     """Two moments and the parameters, in the entry and in every branch."""
     tree = large("float32")
 
-    def written(arm):
-        text = programs.compile_step(arm, tree).as_text()
+    def written(chain):
+        text = programs.compile_step(chain, tree).as_text()
         free = r"parameter|get-tuple-element|tuple|bitcast|constant"
         outside = [c for c in text.split("\n\n") if "fused_computation" not in c[:40]]
         found = re.findall(
@@ -73,17 +81,17 @@ def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
         )
         return len(found)
 
-    assert written(ARMS[name]) == written(ARMS[BASELINE]) == 3
+    assert written(CHAINS[name]) == written(CHAINS[BASELINE]) == 3
 
 
 @pytest.mark.recent_xla
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE)
 def test_a_large_leaf_adds_its_sums_and_a_small_one_no_kernel(name):
     """All arithmetic between is on vectors; small leaves are summed together."""
-    sums = {"gradient_stabilizer": 1}.get(name, 2)
-    adamw = programs.kernels_per_leaf(ARMS[BASELINE], 32, first=12, second=24).always
-    large = programs.kernels_per_leaf(ARMS[name], 128, first=12, second=24)
-    small = programs.kernels_per_leaf(ARMS[name], 32, first=12, second=24)
+    sums = {"GradientStabilizer + AdamW": 1}.get(name, 2)
+    adamw = programs.kernels_per_leaf(CHAINS[BASELINE], 32, first=12, second=24).always
+    large = programs.kernels_per_leaf(CHAINS[name], 128, first=12, second=24)
+    small = programs.kernels_per_leaf(CHAINS[name], 32, first=12, second=24)
     assert large.always <= adamw + sums + 0.5  # joining the sums is 1 for 32 of them
     # Where its entry begins in both branches; its sums, of scaled, centred entries.
     assert large.branches <= 2 + 2 * sums + 1
@@ -91,10 +99,10 @@ def test_a_large_leaf_adds_its_sums_and_a_small_one_no_kernel(name):
     assert small.branches <= 2
 
 
-@pytest.mark.parametrize("name", ["stablegrad", "gradient_stabilizer"])
+@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE[:2])
 @pytest.mark.parametrize("width", [32, 128])  # summed together, each by itself
 def test_one_all_reduce_whatever_the_number_of_leaves(name, width):
-    counts = [programs.all_reduces(ARMS[name], leaves, width) for leaves in (3, 40)]
+    counts = [programs.all_reduces(CHAINS[name], leaves, width) for leaves in (3, 40)]
     assert [count.always for count in counts] == [1, 1]
     assert counts[0].branches == counts[1].branches <= 2
 
@@ -132,7 +140,7 @@ def test_resnet20_has_its_number_of_parameters(norm, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == size
 
 
-def test_arms_take_turns_and_ratios_are_paired():
+def test_optimizers_take_turns_and_ratios_are_paired():
     turns = []
     stretches = {
         name: lambda steps, name=name: turns.append(name) for name in ("base", "other")
@@ -148,42 +156,39 @@ def test_arms_take_turns_and_ratios_are_paired():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Three arms on one layer."""
+    """Two optimizers on one layer."""
     layer = {"dense": {"kernel": (4, 3), "bias": (3,)}}
     monkeypatch.setitem(trees.TREES, "e", ("small", lambda: layer))
-    arms = (BASELINE, "stablegrad", "clip_by_global_norm")
-    monkeypatch.setattr(command, "ARMS", {name: ARMS[name] for name in arms})
+    timed = {name: CHAINS[name] for name in (BASELINE, "StableGrad + AdamW")}
+    monkeypatch.setattr(command, "TIMED", timed)
     monkeypatch.setattr(lib_timing, "STRETCH", 0.0)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
 
 
 @pytest.mark.slow
 def test_the_command_measures_shows_keeps_and_resumes(small, tmp_path, capsys):
     args = ["--quick", "--output", str(tmp_path), "--parts", "updates", "compile"]
     assert command.main(args) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"stablegrad +│ .* ms", printed)
-    lines = (tmp_path / "overhead.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert {record["kind"] for record in records} == {"machine", "update", "compile"}
+    assert re.search(r"StableGrad \+ AdamW: .* ms", capsys.readouterr().out)
+    records = runs.read(tmp_path / "overhead.jsonl")
+    assert {record["kind"] for record in records} == {"update", "compile"}
     assert all(record["jax"] == jax.__version__ for record in records)
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "overhead.md").read_text()
-    assert re.search(r"\| stablegrad \|.*\d\.\d{3} \[", table)
+    assert re.search(r"\| StableGrad \+ AdamW \|.*\d\.\d{3} \(", table)
 
     assert command.main(args) == 0
-    assert "stablegrad" not in capsys.readouterr().out
-    assert len((tmp_path / "overhead.jsonl").read_text().splitlines()) == len(lines)
+    assert "StableGrad" not in capsys.readouterr().out
+    assert runs.read(tmp_path / "overhead.jsonl") == records
     assert (tmp_path / "overhead.md").read_text() == table
 
 
-def test_an_arm_that_joins_later_is_measured_beside_the_baseline(small, tmp_path):
-    path = tmp_path / "overhead.jsonl"
-    suite.Suite(path, 2, str).updates("e", "float32", [BASELINE])
-    added = suite.Suite(path, 2, str).updates("e", "float32", [BASELINE, "stablegrad"])
-    assert [record["arm"] for record in added] == ["stablegrad"]
-    # More rounds than the records have: all are measured again.
-    again = suite.Suite(path, 3, str).updates("e", "float32", [BASELINE, "stablegrad"])
+def test_an_optimizer_that_joins_later_is_measured_with_the_baseline(small, tmp_path):
+    path, both = tmp_path / "overhead.jsonl", [BASELINE, "StableGrad + AdamW"]
+    Measurements(path, 2, str).updates("e", "float32", [BASELINE])
+    added = Measurements(path, 2, str).updates("e", "float32", both)
+    assert [record["optimizer"] for record in added] == ["StableGrad + AdamW"]
+    # Lines of fewer rounds than are asked for are measured again.
+    again = Measurements(path, 3, str).updates("e", "float32", both)
     assert [record["rounds"] for record in again] == [3, 3]
 
 
@@ -191,19 +196,16 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     text = capsys.readouterr().out
-    for option in (
-        "trees",
-        "dtypes",
-        "rounds",
-        "leaves",
-        "networks",
-        "output",
-        "quick",
-    ):
+    for option in ("trees", "dtypes", "rounds", "leaves", "output", "quick"):
         assert f"--{option}" in text
 
 
-def test_tables_leave_out_what_was_not_measured():
-    text = report.markdown({})
-    assert "stablegrad" in text
-    report.figure({})
+def test_tables_leave_out_what_was_not_measured(tmp_path):
+    text = page.markdown({})
+    assert "##" not in text
+    assert AGAIN in TIMED
+    key = ("update", "a", "float32", BASELINE)
+    record = {"kind": "update", "ratio": 1.0, "ratio_quartiles": [1, 1]}
+    record |= {"added_bytes": 0, "gradient_bytes": 8, "device": "cpu", "jax": "1"}
+    record |= {"stablegrad_optax": "1", "date": "2026-01-01"}
+    assert "| AdamW | 1.00 |" in page.markdown({key: record})

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from cases import assert_trees_close, each_case, each_method
+from cases import assert_trees_close, each_method, each_scaling_case
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from stablegrad_optax import (
@@ -130,7 +130,7 @@ def many_leaves():
     }
 
 
-@each_case
+@each_scaling_case
 def test_one_all_reduce_for_all_statistics_of_sharded_leaves(case):
     always, _ = collectives(case.tx, put(many_leaves(), "x"), case.extra_args)
     # A branch for gradients at the ends of the range may reduce once more.

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_trees_close, assert_trees_equal, each_method
+from cases import (
+    assert_trees_close,
+    assert_trees_equal,
+    each_method,
+    each_scaling_method,
+)
 
 from stablegrad_optax import health, scale_factors, stablegrad
 
@@ -75,7 +80,7 @@ def test_weights_true_makes_them_weights():
     np.testing.assert_allclose(updates["bias"], [[1, 3]], rtol=1e-6)
 
 
-@each_method
+@each_scaling_method
 def test_a_scanned_net_equals_the_unrolled_one(case):
     """Layers at 1e-4 to 1e4 in one leaf: each slice is a layer, at every step."""
     rng = np.random.default_rng(0)
@@ -115,7 +120,7 @@ class Module(eqx.Module):
 
 
 @pytest.mark.parametrize("argument", ["mask", "num_stacked_axes"])
-@each_method
+@each_scaling_method
 def test_masks_and_stacks_may_be_callable_pytrees(case, argument):
     model = Module(eqx.nn.Linear(2, 3, key=jax.random.key(0)))
     value = jax.tree.map(lambda leaf: leaf.ndim == 2, model)
@@ -147,7 +152,7 @@ def test_gradients_of_single_examples_are_refused(case, compiled):
         update(grads, state, params)
 
 
-@each_method
+@each_scaling_method
 def test_leaves_of_one_printed_name_are_told_apart(case):
     grads = {"a": {"b": jnp.ones((2, 2))}, "a/b": 2 * jnp.eye(2), "c": jnp.eye(2)}
     _, state = case.tx.update(grads, case.tx.init(grads), **case.extra_args)
@@ -194,7 +199,8 @@ def test_params_may_be_a_whole_equinox_model(case):
     expected = case.tx.update(grads, state, arrays, **case.extra_args)
     updated = case.tx.update(grads, state, model, **case.extra_args)
     assert_trees_equal(updated, expected)
-    assert health(updated[1], model) == health(updated[1], arrays)
+    if not case.has_moments:
+        assert health(updated[1], model) == health(updated[1], arrays)
 
 
 @each_method

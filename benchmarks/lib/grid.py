@@ -1,4 +1,4 @@
-"""Runs what is missing of a grid, shows how far it is, and may be stopped any time."""
+"""Runs what is missing of a grid and shows the progress; it may be stopped any time."""
 
 import threading
 import time
@@ -21,19 +21,19 @@ from rich.progress import (
 from benchmarks.lib import runs
 from benchmarks.lib.machine import origin
 from benchmarks.lib.runs import Record, Run
-from benchmarks.lib.suite import Entry, Preset
+from benchmarks.lib.suite import Entry, Preset, Suite
 
-# (runs of one group, tick) -> what came of each. It calls tick now and then, and lets
+# (runs of one group, tick) -> a record for each. It calls tick now and then and lets
 # through what tick raises.
 Compute = Callable[[Sequence[Run], Callable[[], None]], list[Record]]
 
 
 class Ledger:
-    """Which runs of a preset are there and which are missing.
+    """Knows which runs of a preset are finished and which are missing.
 
     Args:
-        preset: the grid; the settings of its entries have the same names.
-        records: the lines of a file; those of other runs are ignored.
+        preset: The grid; the settings of its entries have the same names.
+        records: The lines of a file; lines of other runs are ignored.
     """
 
     def __init__(self, preset: Preset, records: Iterable[Record] = ()):
@@ -50,12 +50,12 @@ class Ledger:
             self._records[self._key(record)] = record
 
     def missing(self, group: Sequence[Entry]) -> list[Run]:
-        """The runs of entries that can be computed now: first those that tune."""
+        """Returns the runs that can be computed now: first those that tune."""
         tuning = self._absent(run for e in group for run in e.tuning(self._protocol))
         return tuning or self._absent(run for e in group for run in self._reported(e))
 
     def done(self) -> tuple[int, float]:
-        """The number of runs that are there, and their cost."""
+        """Returns the number of finished runs and their cost."""
         num_runs, cost = 0, 0.0
         for entry in self._entries:
             tuning = entry.tuning(self._protocol)
@@ -70,14 +70,14 @@ class Ledger:
 
     def _reported(self, entry: Entry) -> list[Run]:
         tuning = entry.tuning(self._protocol)
-        return entry.reported(self._protocol, [self._of(run) for run in tuning])
+        return entry.reported(self._protocol, [self._record(run) for run in tuning])
 
     def _absent(self, wanted: Iterable[Run]) -> list[Run]:
         return [
             run for run in wanted if self._key(run.as_record()) not in self._records
         ]
 
-    def _of(self, run: Run) -> Record:
+    def _record(self, run: Run) -> Record:
         return self._records[self._key(run.as_record())]
 
     def _key(self, record: Record) -> tuple:
@@ -97,24 +97,24 @@ def run_grid(
     minutes: float | None = None,
     workers: int = 1,
 ) -> int:
-    """Compute the runs that `path` does not hold yet, and append them to it.
+    """Computes the runs that `path` does not hold yet, and appends them to it.
 
-    The missing runs of a group that tune are one batch, those reported the next.
+    The tuning runs of a group are one batch, its reported runs the next.
 
     Args:
-        preset: the grid.
-        compute: trains the runs of a batch.
-        path: of the JSON lines; they are written when a batch is done.
-        console: where progress is shown; a line for each batch if it is no terminal.
-        minutes: stop after so long, abandoning the batches under way.
-        workers: how many groups are computed at a time, each by a thread.
+        preset: The grid.
+        compute: Trains the runs of a batch.
+        path: The file of JSON lines; a batch is written when it is done.
+        console: Shows the progress, in a line for each batch if it is not a terminal.
+        minutes: Stops after this time and abandons the batches under way.
+        workers: How many groups are computed at a time, each by a thread.
 
     Returns:
         The exit code: 0 when everything is there or the time is up, 1 if a batch
         failed, 130 if it was interrupted.
 
     Raises:
-        OSError: if finished runs could not be written; nothing is computed after it.
+        OSError: If finished runs could not be written; nothing is computed after it.
     """
     ledger = Ledger(preset, runs.read(path))
     board = _Board(ledger, console)
@@ -230,10 +230,43 @@ class _Board:
 
 def _describe(first: Run, records: Sequence[Record]) -> str:
     shown = first.settings.items()
-    what = " ".join(str(v) for k, v in shown if k not in ("preset", "optimizer"))
+    what = " ".join(str(v) for k, v in shown if k != "preset")
     error = float(np.median([runs.capped_error(record) for record in records]))
     failures = sum(record["failed"] for record in records)
     return (
         f"{what}: {first.phase}, median error {error:.3g}, "
         f"{failures} of {len(records)} failed"
     )
+
+
+def measure_missing(suite: Suite, preset: Preset, path: Path, console: Console) -> None:
+    """Measures the problems of a preset that `path` holds no measurement of.
+
+    Each measurement is written when it is done.
+
+    Args:
+        suite: Says what is measured; nothing without `measure`.
+        preset: The grid.
+        path: The file of JSON lines.
+        console: Shows a line for each measurement.
+
+    Raises:
+        OSError: If a measurement could not be written.
+    """
+    if suite.measure is None:
+        return
+    names = suite.problem
+    done = {
+        tuple(record.get(name) for name in names)
+        for record in runs.read(path)
+        if record["phase"] == runs.MEASURED
+    }
+    for entry in preset.entries:
+        problem = tuple(entry.settings[name] for name in names)
+        if problem not in done:
+            done.add(problem)
+            settings = dict(zip(names, problem, strict=True))
+            record = {**settings, "phase": runs.MEASURED, **suite.measure(settings)}
+            runs.append(path, [{**record, **origin()}])
+            what = ", ".join(map(str, problem))
+            console.print(f"measured {what}", highlight=False, soft_wrap=True)

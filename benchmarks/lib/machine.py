@@ -1,4 +1,4 @@
-"""Where numbers come from: device, versions, date."""
+"""The origin of numbers: device, versions, date."""
 
 import os
 from datetime import UTC, datetime
@@ -10,14 +10,14 @@ import stablegrad_optax
 
 
 def device_name() -> str:
-    """What the numbers were computed on."""
+    """Returns the device that computes the numbers."""
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return f"{device.device_kind}{cores}"
 
 
 def provenance() -> str:
-    """Device and versions, for a footer."""
+    """Returns device and versions, for a footer."""
     return (
         f"{device_name()}; jax {jax.__version__}, optax {optax.__version__}, "
         f"stablegrad_optax {stablegrad_optax.__version__}"
@@ -25,7 +25,7 @@ def provenance() -> str:
 
 
 def origin() -> dict[str, str]:
-    """Device, versions and date, for a line of results."""
+    """Returns device, versions and date, for a line of results."""
     return {
         "device": device_name(),
         "jax": jax.__version__,

@@ -1,29 +1,34 @@
-"""A file of finished runs: one JSON line each, written whole, read back to resume.
+"""The file of finished runs: one JSON line each, written whole, read back to resume.
 
-A line holds a run's settings, `learning_rate`, `seed`, `phase`, and what came of it:
-`error` (null if not finite), `failed`, `ms_per_step`, `device`, `jax`, `date`, ....
+A line holds the settings of a run, `learning_rate`, `seed`, `phase`, and what came of
+it: `error` (null if not finite), `failed`, `ms_per_step`, `device`, `jax`, `date` and
+more. A command that runs appends plain lines to `<suite>.jsonl`; `archive` moves them
+into `<suite>.jsonl.gz`, which is what the repository keeps. Both are read as one.
 """
 
 import fcntl
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 Settings = Mapping[str, str | int]
 Record = dict[str, Any]  # one line
 Phase = Literal["tuning", "reported"]
+MEASURED = "measured"  # the phase of a line that is not of a training
 
-# What every line has, and what those of a training have.
-_KEYS = {"arm": str, "phase": str, "device": str, "jax": str, "date": str}
-_KEYS_OF_RUN = {"preset": str, "learning_rate": (int, float), "seed": int}
-_KEYS_OF_RUN |= {"error": (int, float, type(None)), "failed": bool}
+# What every line has, and what the line of a training has as well.
+_KEYS = {"phase": str, "device": str, "jax": str, "date": str}
+_KEYS_OF_RUN = {"preset": str, "optimizer": str, "seed": int, "failed": bool}
+_KEYS_OF_RUN |= {"learning_rate": (int, float), "error": (int, float, type(None))}
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,17 @@ class Run:
     """One training.
 
     Attributes:
-        settings: all that says what is trained, but for the next two.
-        learning_rate: the highest of the schedule.
-        seed: of the initial weights and of the data.
-        phase: "tuning": it serves to choose the learning rate; "reported": it serves
-            the tables and figures.
-        detailed: whether it keeps the quantities that are too large for every line.
+        settings: The problem and the optimizer.
+        learning_rate: The highest of the schedule.
+        seed: Of the initial weights and of the data.
+        phase: A "tuning" run serves to choose the learning rate, a "reported" run
+            serves the tables and figures.
     """
 
     settings: Settings
     learning_rate: float
     seed: int
     phase: Phase
-    detailed: bool = False
 
     def as_record(self) -> Record:
         return {
@@ -54,10 +57,10 @@ class Run:
         }
 
 
-def of_tuning(settings: Settings) -> Settings:
-    """What the runs that tune have of a reported run's settings.
+def tuning_settings(settings: Settings) -> Settings:
+    """Returns the settings of the runs that tune for a reported run.
 
-    They may be shorter: `tuning_steps`, if there are any, are then their `steps`.
+    They may be shorter: `tuning_steps`, where given, are then their `steps`.
     """
     if "tuning_steps" not in settings:
         return settings
@@ -65,27 +68,27 @@ def of_tuning(settings: Settings) -> Settings:
 
 
 def capped_error(record: Record) -> float:
-    """The relative error, 1 at most and where not finite: that of predicting zero."""
+    """Returns the error, at most 1: predicting zero has that, and NaN counts as it."""
     error = record["error"]
     return 1.0 if error is None else min(error, 1.0)
 
 
 def finite(value: float, digits: int | None = None) -> float | None:
-    """A number as JSON knows it, to so many significant digits; else None."""
+    """Returns the number to so many significant digits; None if it is not finite."""
     if not math.isfinite(value):
         return None
     return float(value) if digits is None else float(f"{value:.{digits}g}")
 
 
 def read(path: Path) -> list[Record]:
-    """The finished runs, and timings; none where there is no file yet.
+    """Returns the finished runs and measurements; none where there is no file yet.
 
     Raises:
-        ValueError: in one line, if a line is neither.
+        ValueError: In one line, if a line is neither.
     """
     records = read_lines(path)
     for number, record in enumerate(records, start=1):
-        kinds = _KEYS if record.get("phase") == "timing" else _KEYS | _KEYS_OF_RUN
+        kinds = _KEYS if record.get("phase") == MEASURED else _KEYS | _KEYS_OF_RUN
         for key, kind in kinds.items():
             if key not in record:
                 raise _not_a_run(path, number, f"it has no {key}")
@@ -95,19 +98,25 @@ def read(path: Path) -> list[Record]:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The JSON objects of a file, one a line; none where there is no file yet.
+    """Returns the JSON objects of a file and of its archive, one a line.
 
     A last line that was cut off by a crash is ignored: its run is not finished.
 
     Raises:
-        ValueError: in one line, if any other line is not a JSON object.
+        ValueError: In one line, if any other line is not a JSON object.
     """
     if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
+        return _parse(path, _archived(path), b"")
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # `archive` moves lines under its lock
+        return _parse(path, _archived(path), file.read())
+
+
+def _parse(path: Path, archived: bytes, text: bytes) -> list[Record]:
+    whole = archived + text[: text.rfind(b"\n") + 1]
     records = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    # A crash between the two writes of `archive` leaves its lines in both files.
+    for number, line in enumerate(dict.fromkeys(whole.splitlines()), start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -118,25 +127,73 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
+def _archive_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
+
+
+def _archived(path: Path) -> bytes:
+    compressed = _archive_path(path)
+    if not compressed.exists():
+        return b""
+    try:
+        return gzip.decompress(compressed.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{compressed} is damaged: {error}") from None
+
+
+def archive(path: Path) -> None:
+    """Moves the lines of a file into its archive; several processes may append.
+
+    The archive is replaced as a whole before the file is emptied, so that a crash or a
+    full disk loses no line.
+
+    Raises:
+        OSError: If the archive cannot be written; both files are then as before.
+        ValueError: If a line is not a JSON object.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        records = _parse(path, _archived(path), file.read())
+        compressed = _archive_path(path)
+        unfinished = compressed.with_name(f".{compressed.name}.{os.getpid()}.tmp")
+        try:
+            # Without a time stamp equal runs make equal files.
+            with unfinished.open("wb") as target:
+                target.write(gzip.compress(_lines(records), 9, mtime=0))
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(unfinished, compressed)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        file.truncate(0)
+
+
 def _not_a_run(path: Path, number: int, why: str) -> ValueError:
     return ValueError(f"{path}, line {number}, is not a run: {why}")
 
 
+def _lines(records: Iterable[Record]) -> bytes:
+    lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+    return "".join(lines).encode()
+
+
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add lines, all of them or none, and wait until they are on the disk.
+    """Adds lines, all of them or none, and waits until they are on the disk.
 
     Several processes may append to one file. What a crash left of a last line is
     removed first.
 
     Raises:
-        OSError: if they cannot be written, for the disk is full; the file is as before.
+        OSError: If the disk is full; the file is then as before.
     """
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    lines = _lines(records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = _without_torn_line(file)
-        left = memoryview(lines.encode())
+        left = memoryview(lines)
         try:
             while left:  # on a disk that is nearly full a write may be short
                 left = left[file.write(left) :]
@@ -146,8 +203,8 @@ def append(path: Path, records: Iterable[Record]) -> None:
             raise
 
 
-def _without_torn_line(file: Any) -> int:
-    """Removes it; returns the size of the file then."""
+def _without_torn_line(file: BinaryIO) -> int:
+    """Removes a line without an end; returns the size of the file then."""
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
@@ -163,11 +220,11 @@ def at_work(path: Path, preset: str) -> Iterator[None]:
     """Keeps a second command from computing the same runs.
 
     Args:
-        path: of the results.
-        preset: whose runs; those of another one may go to the same file meanwhile.
+        path: The file of results.
+        preset: Runs of another preset may go to the same file meanwhile.
 
     Raises:
-        ValueError: in one line, if another process is at it.
+        ValueError: In one line, if another process computes them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.{preset}.lock")

@@ -1,4 +1,4 @@
-"""What a suite says: its cells, arms and seeds, how a rate is chosen, what it keeps."""
+"""The declaration of a suite: problems, optimizers, rates, seeds, and what it keeps."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +7,8 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from benchmarks.lib.arms import Arm
+from benchmarks.lib.curves import Curves
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.lib.runs import (
     Phase,
     Record,
@@ -15,31 +16,29 @@ from benchmarks.lib.runs import (
     Settings,
     capped_error,
     finite,
-    of_tuning,
+    tuning_settings,
 )
-from benchmarks.lib.train import Curves, Training
+from benchmarks.lib.train import Training
 
-# The records of an arm's tuning -> the rate it is reported at.
+# The tuning records of one optimizer on one problem -> the rate it is reported at.
 Choice = Callable[[Iterable[Record]], float]
 
 
 def lowest_median(tuned: Iterable[Record]) -> float:
-    """The rate with the lowest median error over tuning seeds, failures last.
+    """Chooses the rate with the lowest median error over the tuning seeds.
 
     A failed run counts as an infinite error. Between rates whose medians are infinite
     the one with fewer failures wins, then the one with the lower mean error (1 at
-    most); between equals the lowest rate.
+    most), then the lower rate.
     """
     by_rate = _by_rate(tuned)
-    return min(
-        by_rate, key=lambda rate: (_median(by_rate[rate]), *_rest(by_rate, rate))
-    )
+    return min(by_rate, key=lambda r: (_median(by_rate[r]), *_ties(by_rate, r)))
 
 
 def lowest_worst(tuned: Iterable[Record]) -> float:
-    """The rate whose worst tuning seed is best.
+    """Chooses the rate whose worst tuning seed has the lowest error.
 
-    A failed run counts as an infinite error; between rates whose worst are equal the
+    A failed run counts as an infinite error. Between rates whose worst are equal the
     one with fewer failures wins, then the one with the lower mean error (1 at most).
     """
     by_rate = _by_rate(tuned)
@@ -47,13 +46,12 @@ def lowest_worst(tuned: Iterable[Record]) -> float:
 
 
 def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:
-    """The rate whose worst tuning seed is best, a step away from where seeds fail.
+    """Chooses the rate whose worst tuning seed is best, a step away from failures.
 
-    The best rate often stands beside one at which some seeds fail, and so few tuning
-    seeds as there are do not see that edge. A rate is therefore only taken if neither
-    it nor the next larger one of the set failed on a tuning seed; so the largest never
-    is. Where nothing is left all rates may be taken; between equals `lowest_median`'s
-    rules hold.
+    A few tuning seeds do not see that the best rate is next to one at which some seeds
+    fail. A rate is therefore taken only if neither this rate nor the next larger one
+    failed on a tuning seed, so that the largest rate is never taken. If no such rate is
+    left, all rates may be taken. Between equal rates the rules of `lowest_median` hold.
     """
     by_rate = _by_rate(tuned)
     rates = sorted(by_rate)
@@ -65,9 +63,7 @@ def lowest_worst_with_margin(tuned: Iterable[Record]) -> float:
 def _lowest_worst(
     by_rate: Mapping[float, Sequence[Record]], rates: Sequence[float]
 ) -> float:
-    return min(
-        rates, key=lambda rate: (max(_errors(by_rate[rate])), *_rest(by_rate, rate))
-    )
+    return min(rates, key=lambda r: (max(_errors(by_rate[r])), *_ties(by_rate, r)))
 
 
 def _by_rate(tuned: Iterable[Record]) -> dict[float, list[Record]]:
@@ -81,34 +77,35 @@ def _errors(records: Sequence[Record]) -> list[float]:
     return sorted(math.inf if r["failed"] else r["error"] for r in records)
 
 
-def _rest(
+def _ties(
     by_rate: Mapping[float, Sequence[Record]], rate: float
 ) -> tuple[int, float, float]:
-    """What decides between rates of equal error."""
+    """Returns what decides between rates of equal error."""
     failures = sum(record["failed"] for record in by_rate[rate])
     capped = [capped_error(record) for record in by_rate[rate]]
     return failures, float(np.mean(capped)), rate
 
 
 def _median(records: Sequence[Record]) -> float:
-    """`np.median`, but half of infinity is infinity without a warning."""
+    """Is `np.median`, but half of infinity is infinity without a warning."""
     ordered = _errors(records)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which seeds choose the learning rate, how, and which are reported.
+    """Says which seeds choose the learning rate, how, and which seeds are reported.
 
     Attributes:
-        tuning_seeds: may be empty where one learning rate alone is given.
-        reported_seeds: none of the former.
-        choose: how the rate is chosen.
+        tuning_seeds: None where each optimizer has one learning rate.
+        reported_seeds: Seeds that nothing was chosen on.
+        choose: Chooses the rate. None: nothing is tuned, and every rate is reported
+            with every seed, for curves of the error against the learning rate.
     """
 
     tuning_seeds: tuple[int, ...]
     reported_seeds: tuple[int, ...]
-    choose: Choice = lowest_median
+    choose: Choice | None = lowest_median
 
 
 SMOKE = Protocol((0,), (100, 101, 102))  # of the presets that take seconds
@@ -116,12 +113,12 @@ SMOKE = Protocol((0,), (100, 101, 102))  # of the presets that take seconds
 
 @dataclass(frozen=True)
 class Entry:
-    """The runs of one line of a table: one arm in one cell.
+    """The runs of one optimizer on one problem.
 
     Attributes:
-        settings: as in `Run`, of the reported runs; see `of_tuning`.
-        learning_rates: the fixed set to choose from.
-        cost: of one reported run, in any unit that is the same for all entries.
+        settings: As in `Run`, of the reported runs; see `tuning_settings`.
+        learning_rates: The set to choose from, or to report at each rate.
+        cost: Of one reported run, in any unit that is the same for all entries.
     """
 
     settings: Settings
@@ -129,44 +126,45 @@ class Entry:
     cost: float = 1.0
 
     def tuning(self, protocol: Protocol) -> list[Run]:
-        if len(self.learning_rates) == 1:
+        if len(self.learning_rates) == 1 or protocol.choose is None:
             return []
         return [
-            Run(of_tuning(self.settings), rate, seed, "tuning")
+            Run(tuning_settings(self.settings), rate, seed, "tuning")
             for rate in self.learning_rates
             for seed in protocol.tuning_seeds
         ]
 
     def reported(self, protocol: Protocol, tuned: Sequence[Record]) -> list[Run]:
-        """The fresh runs, at the rate that the records of `tuning` choose."""
-        (rate,) = self.learning_rates[:1]
-        if len(self.learning_rates) > 1:
-            rate = protocol.choose(tuned)
-        first, *_ = protocol.reported_seeds
+        """Returns the reported runs, at the rate that the tuning records choose."""
+        rates = self.learning_rates
+        if len(rates) > 1 and protocol.choose is not None:
+            rates = (protocol.choose(tuned),)
         return [
-            Run(self.settings, rate, seed, "reported", detailed=seed == first)
+            Run(self.settings, rate, seed, "reported")
+            for rate in rates
             for seed in protocol.reported_seeds
         ]
 
     def num_runs(self, protocol: Protocol) -> int:
-        return len(self.tuning(protocol)) + len(protocol.reported_seeds)
+        num_rates = 1 if protocol.choose else len(self.learning_rates)
+        return len(self.tuning(protocol)) + num_rates * len(protocol.reported_seeds)
 
     @property
     def tuning_cost(self) -> float:
-        """Of one run that tunes, which may be shorter."""
+        """The cost of one run that tunes, which may be shorter."""
         shorter, whole = (
-            s.get("steps", 1) for s in (of_tuning(self.settings), self.settings)
+            s.get("steps", 1) for s in (tuning_settings(self.settings), self.settings)
         )
         return self.cost * shorter / whole
 
     def total_cost(self, protocol: Protocol) -> float:
-        num_reported = len(protocol.reported_seeds)
-        num_tuning = self.num_runs(protocol) - num_reported
+        num_tuning = len(self.tuning(protocol))
+        num_reported = self.num_runs(protocol) - num_tuning
         return self.tuning_cost * num_tuning + self.cost * num_reported
 
 
-def cells(**values: Iterable[str | int]) -> list[Settings]:
-    """Every combination of settings; the last one varies fastest."""
+def problems(**values: Iterable[str | int]) -> list[Settings]:
+    """Returns every combination of settings; the last one varies fastest."""
     return [
         dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())
     ]
@@ -174,30 +172,30 @@ def cells(**values: Iterable[str | int]) -> list[Settings]:
 
 def entries(
     preset: str,
-    cells: Iterable[Settings],
-    arms: Iterable[str],
-    rates: Callable[[Arm], tuple[float, ...]] = lambda arm: arm.rates,
+    problems: Iterable[Settings],
+    optimizers: Iterable[str],
+    rates: Callable[[Optimizer], tuple[float, ...]] = lambda optimizer: optimizer.rates,
 ) -> list[list[Entry]]:
-    """Every arm in every cell, each a group of its own; a run costs its steps.
+    """Returns every optimizer on every problem, each a group of its own.
 
     Args:
-        preset: its name.
-        cells: what is trained, whatever the arm; `steps` is one of the settings,
+        preset: Its name.
+        problems: The settings without the optimizer. `steps` is one of them, and
             `tuning_steps` may be another.
-        arms: their names.
-        rates: arm -> the learning rates to choose from; by default the optimizer's.
+        optimizers: Their names.
+        rates: Optimizer -> learning rates; by default those of its base.
     """
     return [
         [
             Entry(
-                {"preset": preset, **cell, "optimizer": arm.optimizer, "arm": arm.name},
-                rates(arm),
-                # A step's work grows with the number of kernels.
-                cell["steps"] * (cell.get("depth", 0) + 1),
+                {"preset": preset, **problem, "optimizer": optimizer.name},
+                rates(optimizer),
+                # The work of a step grows with the number of kernels.
+                problem["steps"] * (problem.get("depth", 0) + 1),
             )
         ]
-        for cell in cells
-        for arm in map(Arm.of, arms)
+        for problem in problems
+        for optimizer in map(Optimizer.named, optimizers)
     ]
 
 
@@ -206,12 +204,12 @@ class Preset:
     """A grid.
 
     Attributes:
-        groups: entries whose runs may be computed side by side, in the order in which
+        groups: Entries whose runs may be computed side by side, in the order in which
             they are computed.
-        protocol: its seeds.
-        takes: about how long, and where, in a few words.
-        about: what it is for.
-        workers: groups computed at a time, by default.
+        protocol: Its seeds.
+        takes: About how long, and where, in a few words.
+        about: What it is for.
+        workers: How many groups are computed at a time, by default.
     """
 
     groups: Sequence[Sequence[Entry]]
@@ -230,14 +228,12 @@ class Preset:
 
 
 def keep_error(run: Run, curves: Curves, failure: float = 0.5) -> Record:
-    """The score "error", relative, and its curve in reported runs.
-
-    `layers`, of the first of these, is log10 of the std of each kernel's gradient.
+    """Keeps the score "error", which is relative, and its curve in reported runs.
 
     Args:
-        run: whose.
-        curves: its.
-        failure: a run whose last error is above it, or not finite, has failed.
+        run: Which run it is.
+        curves: What became of it.
+        failure: A run whose last error is above this, or not finite, has failed.
     """
     errors = curves.scores["error"].astype(float)
     record: Record = {
@@ -247,24 +243,18 @@ def keep_error(run: Run, curves: Curves, failure: float = 0.5) -> Record:
     }
     if run.phase == "reported":
         record["curve"] = curve(curves, 3, error=errors)
-    if run.detailed:
-        record["layers"] = rounded(curves.exponents)
     return record
 
 
 def curve(curves: Curves, digits: int, **values: np.ndarray) -> Record:
-    """Quantities by step, to so many digits; null where they are not finite."""
+    """Returns quantities by step, to so many digits; null where they are not finite."""
     return {
         "step": curves.steps.tolist(),
         **{
-            name: [finite(float(value), digits) for value in of_step]
-            for name, of_step in values.items()
+            name: [finite(float(value), digits) for value in quantity]
+            for name, quantity in values.items()
         },
     }
-
-
-def rounded(exponents: np.ndarray) -> list[list[float | None]]:
-    return [[finite(e) for e in row] for row in exponents.round(1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -272,15 +262,15 @@ class Suite:
     """All that the engine needs of a suite.
 
     Attributes:
-        name: of the command, the results and the page.
-        about: a line for `run --list`.
-        presets: by name.
-        training: (settings, phase) -> what is trained. It raises a ValueError, in one
+        name: Of the command, the results and the page.
+        about: A line for `run --list`.
+        presets: By name.
+        training: (settings, phase) -> the training. It raises a ValueError, in one
             line, where data is missing.
-        keep: (run, its curves) -> what its line holds beside the settings: `error`,
-            `failed` and more; by default the score "error", failed above 0.5.
-        timed: cells whose training step `time` measures: the settings of every arm, the
-            one that the others are compared with first.
+        keep: (run, its curves) -> what its line holds next to the settings: `error`,
+            `failed` and more.
+        measure: Settings of a problem -> what is measured of it once, without training,
+            in a line of its own; None: nothing is.
     """
 
     name: str
@@ -288,19 +278,15 @@ class Suite:
     presets: Mapping[str, Preset]
     training: Callable[[Settings, Phase], Training]
     keep: Callable[[Run, Curves], Record] = keep_error
-    timed: tuple[tuple[Settings, ...], ...] = ()
+    measure: Callable[[Settings], Record] | None = None
 
     @property
-    def cell(self) -> tuple[str, ...]:
-        """The settings that say what is trained, whatever the arm."""
+    def problem(self) -> tuple[str, ...]:
+        """The names of the settings that make a problem."""
         first = next(iter(self.presets.values())).entries[0]
-        return tuple(
-            name
-            for name in first.settings
-            if name not in ("preset", "optimizer", "arm")
-        )
+        return tuple(n for n in first.settings if n not in ("preset", "optimizer"))
 
-    def choice(self, preset: str) -> Choice:
-        """How the rates of a preset's lines were chosen."""
+    def choice(self, preset: str) -> Choice | None:
+        """Returns how the rates of a preset were chosen."""
         known = self.presets.get(preset)
         return lowest_median if known is None else known.protocol.choose

@@ -1,4 +1,4 @@
-"""Times of steps: arms in turn, each over a baseline in the same round."""
+"""Times of steps: optimizers in turn, each over a baseline in the same round."""
 
 import math
 import time
@@ -13,13 +13,13 @@ STRETCH = 0.03  # seconds, at least, between two looks at the clock
 
 
 class Times(NamedTuple):
-    """Of one arm, by round."""
+    """The times of one optimizer, by round."""
 
     seconds: np.ndarray  # f[rounds], of one step
     ratio: np.ndarray  # f[rounds], over the baseline's of the same round
 
     def record(self) -> dict[str, float | list[float]]:
-        """Medians and quartiles, for a line of results."""
+        """Returns medians and quartiles, for a line of results."""
         return {
             "ms": _digits(1e3 * np.median(self.seconds)),
             "ms_quartiles": _quartiles(1e3 * self.seconds),
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 def time_trainings(
     trainings: Mapping[str, Training], rounds: int, baseline: str
 ) -> dict[str, Times]:
-    """A step of each: the batch, the gradient and the update, of one run."""
+    """Times a step of each: the batch, the gradient and the update, of one run."""
     return interleave(
         {arm: _stretch(training) for arm, training in trainings.items()},
         rounds,
@@ -48,18 +48,18 @@ def _stretch(training: Training) -> Callable[[int], None]:
 def interleave(
     stretches: Mapping[str, Callable[[int], None]], rounds: int, baseline: str
 ) -> dict[str, Times]:
-    """Runs all arms in turn, so that a disturbance meets every one of them.
+    """Runs all optimizers in turn, so that a disturbance meets every one of them.
 
     Args:
-        stretches: arm -> a function that takes so many steps and waits for them.
-        rounds: how often each has its turn; one more before that warms up.
-        baseline: whose time the ratios divide by.
+        stretches: Optimizer -> a function that takes so many steps and waits for them.
+        rounds: How often each has its turn; one more round before warms up.
+        baseline: The optimizer whose time the ratios divide by.
     """
     steps = {arm: _steps_in_a_stretch(stretch) for arm, stretch in stretches.items()}
     seconds: dict[str, list[float]] = {arm: [] for arm in stretches}
     rng = np.random.default_rng(0)
     for _ in range(rounds):
-        # Each arm follows each other one, whatever that leaves in the caches.
+        # Each follows each other one, whatever that leaves in the caches.
         for arm in rng.permutation(list(stretches)).tolist():
             begin = time.perf_counter()
             stretches[arm](steps[arm])

@@ -1,1 +1,1 @@
-"""What one step of an optimizer costs with a transformation before it."""
+"""The cost of a step of an optimizer with a gradient transformation."""

@@ -1,16 +1,16 @@
-"""What the compiler of a TPU or a GPU makes of one step: numbers for a record."""
+"""Measures what the compiler of a TPU or a GPU makes of one step."""
 
 from typing import Any
 
 import jax
 
 from benchmarks.overhead import costs, programs, trees
-from benchmarks.overhead.arms import Arm
 from benchmarks.overhead.compilers import Compiler
+from benchmarks.overhead.optimizers import Chain
 
 
-def measure(compiler: Compiler, arm: Arm, tree: trees.Tree) -> dict[str, Any]:
-    """Costs of the step on one device; its collectives where the target has a mesh.
+def measure(compiler: Compiler, chain: Chain, tree: trees.Tree) -> dict[str, Any]:
+    """Returns costs of the step on one device, and its collectives on a mesh.
 
     Returns:
         The numbers, or the compiler's message under "error".
@@ -18,15 +18,19 @@ def measure(compiler: Compiler, arm: Arm, tree: trees.Tree) -> dict[str, Any]:
     about = {"compiler": compiler.version, "gradient_bytes": _num_bytes(tree)}
     try:
         return (
-            about | _on_one_device(compiler, arm, tree) | _on_mesh(compiler, arm, tree)
+            about
+            | _on_one_device(compiler, chain, tree)
+            | _on_mesh(compiler, chain, tree)
         )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return about | {"error": str(error).split("\n")[0]}
 
 
-def _on_one_device(compiler: Compiler, arm: Arm, tree: trees.Tree) -> dict[str, Any]:
+def _on_one_device(
+    compiler: Compiler, chain: Chain, tree: trees.Tree
+) -> dict[str, Any]:
     def trace() -> jax.stages.Lowered:
-        return programs.lower(arm, tree, lambda leaf: compiler.device)
+        return programs.lower(chain, tree, lambda leaf: compiler.device)
 
     # Where it takes a second or two the quickest of three counts: others load what the
     # compiler needs, or meet a busy moment.
@@ -45,10 +49,10 @@ def _on_one_device(compiler: Compiler, arm: Arm, tree: trees.Tree) -> dict[str, 
     }
 
 
-def _on_mesh(compiler: Compiler, arm: Arm, tree: trees.Tree) -> dict[str, Any]:
+def _on_mesh(compiler: Compiler, chain: Chain, tree: trees.Tree) -> dict[str, Any]:
     if compiler.mesh is None:
         return {}
-    lowered = programs.lower(arm, tree, programs.sharded_over(compiler.mesh))
+    lowered = programs.lower(chain, tree, programs.sharded_over(compiler.mesh))
     always, branches = costs.count(lowered.compile().as_text())
     return {
         "all_reduces": always.all_reduces,

@@ -48,7 +48,7 @@ TARGETS = {
 
 
 class Compiler(NamedTuple):
-    """Of one target.
+    """The compiler of one target.
 
     Attributes:
         device: its first device, as a sharding.
@@ -62,7 +62,7 @@ class Compiler(NamedTuple):
 
 
 def missing(target: str) -> str | None:
-    """What is not installed, and how it is, in one line; None if all is there."""
+    """Names what is not installed, in one line; None if everything is installed."""
     try:
         _version(target)
     except metadata.PackageNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What an optimized HLO module costs when it runs: bytes, kernels, collectives.
+"""Counts the costs of an optimized HLO module: bytes, kernels, collectives.
 
 The bytes are those that move to and from the device's main memory (HBM), instruction by
 instruction: its operands and its results. A fusion reads an operand once, and only the
@@ -41,7 +41,7 @@ _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Cost(NamedTuple):
-    """Of a part of a program."""
+    """The costs of a part of a program."""
 
     kernels: int = 0  # all instructions that do something, fetches ahead apart
     num_bytes: int = 0
@@ -141,7 +141,7 @@ def _read(module: Module, user: Instruction, place: int, full: int) -> int:
 
 
 def _read_of(module: Module, inside: Computation, name: str, full: int) -> int:
-    """The same, by all who use a value within a fusion."""
+    """Returns the bytes that all users of a value within a fusion read."""
     if name == inside.root:
         return full
     total = 0

@@ -33,7 +33,7 @@ class Array(NamedTuple):
 
 def arrays(shape: str) -> list[Array]:
     """The arrays of a type, those of a tuple in their order."""
-    return [_array(found) for found in _ARRAY.finditer(shape)]
+    return [_array(match) for match in _ARRAY.finditer(shape)]
 
 
 def _array(found: re.Match[str]) -> Array:
@@ -104,7 +104,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Of `jax.stages.Compiled.as_text`."""
+    """Parses the text of `jax.stages.Compiled.as_text`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -135,10 +135,10 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`."""
+    """Returns the place behind the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in _PARENTHESIS.finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in _PARENTHESIS.finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.end()
+            return match.end()
     raise ValueError(f"a parenthesis is not closed: {text[start : start + 80]}")

@@ -1,4 +1,4 @@
-"""What a compiled step consists of: memory, kernels, collectives, time to compile."""
+"""Memory, kernels, collectives and time to compile of a step."""
 
 import time
 from collections.abc import Callable
@@ -10,23 +10,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from benchmarks.overhead import costs, trees
-from benchmarks.overhead.arms import Arm
+from benchmarks.overhead.optimizers import Chain
 
 
 class State(NamedTuple):
-    """Of the two parts of an arm; Adam's moments can be lent to another arm."""
+    """The states of both parts of a chain; Adam's moments can be lent to another."""
 
     before: optax.OptState
     optimizer: optax.OptState
 
 
-def step_of(arm: Arm) -> Any:
+def step_of(chain: Chain) -> Any:
     """A jitted step ``(grads, state, params) -> (state, params)``, buffers donated.
 
     The results stand in the order of the donated arguments: XLA aliases buffers of a
     shape in that order, and copies moments and parameters where they are swapped.
     """
-    before, optimizer = arm.parts()
+    before, optimizer = chain.parts()
 
     def step(
         grads: trees.Tree, state: State, params: trees.Tree
@@ -38,27 +38,27 @@ def step_of(arm: Arm) -> Any:
     return jax.jit(step, donate_argnums=(1, 2))
 
 
-def abstract_state(arm: Arm, tree: trees.Tree) -> State:
-    before, optimizer = arm.parts()
+def abstract_state(chain: Chain, tree: trees.Tree) -> State:
+    before, optimizer = chain.parts()
     return State(
         jax.eval_shape(before.init, tree), jax.eval_shape(optimizer.init, tree)
     )
 
 
-def compile_step(arm: Arm, tree: trees.Tree) -> jax.stages.Compiled:
-    """For a tree of arrays or of `jax.ShapeDtypeStruct`."""
-    return lower(arm, tree).compile()
+def compile_step(chain: Chain, tree: trees.Tree) -> jax.stages.Compiled:
+    """Compiles a step for a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    return lower(chain, tree).compile()
 
 
 def lower(
-    arm: Arm,
+    chain: Chain,
     tree: trees.Tree,
     sharding_of: Callable[[jax.ShapeDtypeStruct], Sharding | None] = lambda leaf: None,
 ) -> jax.stages.Lowered:
     """The step, traced.
 
     Args:
-        arm: what takes the step.
+        chain: what takes the step.
         tree: gradients and parameters, of arrays or of `jax.ShapeDtypeStruct`.
         sharding_of: where a leaf of the tree or of a state of its shape lies.
     """
@@ -66,12 +66,12 @@ def lower(
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
 
-    tree, state = jax.tree.map(place, (tree, abstract_state(arm, tree)))
-    return step_of(arm).lower(tree, state, tree)
+    tree, state = jax.tree.map(place, (tree, abstract_state(chain, tree)))
+    return step_of(chain).lower(tree, state, tree)
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the program needs beside its arguments and results."""
+    """Returns the bytes that the program needs in addition to arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -89,13 +89,15 @@ def kernels(compiled: jax.stages.Compiled) -> Kernels:
 
 
 def kernels_per_leaf(
-    arm: Arm, width: int, *, first: int = 10, second: int = 20
+    chain: Chain, width: int, *, first: int = 10, second: int = 20
 ) -> Kernels:
     """The kernels that one more leaf of so many rows and columns adds."""
 
     def count(num_leaves: int) -> Kernels:
         shapes = trees.equal(num_leaves, (width, width))
-        return kernels(compile_step(arm, trees.abstract(shapes, jnp.dtype("float32"))))
+        return kernels(
+            compile_step(chain, trees.abstract(shapes, jnp.dtype("float32")))
+        )
 
     few, many, leaves = count(first), count(second), second - first
     return Kernels(*((b - a) / leaves for a, b in zip(few, many, strict=True)))
@@ -108,10 +110,10 @@ class CompileTime(NamedTuple):
     compile: float
 
 
-def compile_time(arm: Arm, num_leaves: int) -> CompileTime:
-    """Of a step for equal leaves, from the function to the executable."""
+def compile_time(chain: Chain, num_leaves: int) -> CompileTime:
+    """Times a step for equal arrays, from the function to the executable."""
     tree = trees.abstract(trees.equal(num_leaves), jnp.dtype("float32"))
-    _, times = timed_compilation(lambda: lower(arm, tree))
+    _, times = timed_compilation(lambda: lower(chain, tree))
     return times
 
 
@@ -146,10 +148,10 @@ def sharded_over(mesh: Mesh) -> Callable[[jax.ShapeDtypeStruct], NamedSharding]:
     return sharding_of
 
 
-def all_reduces(arm: Arm, num_leaves: int, width: int = 256) -> Kernels:
+def all_reduces(chain: Chain, num_leaves: int, width: int = 256) -> Kernels:
     """Collectives of a step for square leaves that are sharded over all devices."""
     mesh = jax.make_mesh((jax.device_count(),), ("shards",))
     shapes = trees.equal(num_leaves, (width, width))
     tree = trees.abstract(shapes, jnp.dtype("float32"))
-    program = costs.count(lower(arm, tree, sharded_over(mesh)).compile().as_text())
+    program = costs.count(lower(chain, tree, sharded_over(mesh)).compile().as_text())
     return Kernels(program.always.all_reduces, program.branches.all_reduces)

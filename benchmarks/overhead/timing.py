@@ -1,4 +1,4 @@
-"""Times of optimizer steps: arms in turn, each over adamw in the same round."""
+"""Times of optimizer steps: optimizers in turn, each over AdamW in the same round."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import optax
 
 from benchmarks.lib.timing import Times, interleave
 from benchmarks.overhead import trees
-from benchmarks.overhead.arms import ARMS, BASELINE, Arm
+from benchmarks.overhead.optimizers import BASELINE, CHAINS, Chain
 from benchmarks.overhead.programs import State, step_of, temporary_bytes
 
 
 class Update(NamedTuple):
-    """One arm on one tree."""
+    """One optimizer on one tree."""
 
     times: Times
     temporary_bytes: int
@@ -24,34 +24,34 @@ class Update(NamedTuple):
 def time_updates(
     shapes: trees.Shapes,
     dtype: jnp.dtype,
-    arms: list[str],
+    names: list[str],
     rounds: int,
-    on_compile: Callable[[str], None] = lambda arm: None,
+    on_compile: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Update]:
-    """The arms on one tree. All share one copy of parameters and moments."""
+    """Times optimizers on one tree; they share one copy of parameters and moments."""
     grads = trees.normal(shapes, dtype)
     shared = _Shared(optax.scale_by_adam().init(grads), jax.tree.map(jnp.copy, grads))
     stretches, temporary = {}, {}
-    for name in arms:
+    for name in names:
         on_compile(name)
-        stretches[name], temporary[name] = _stretch(ARMS[name], grads, shared)
+        stretches[name], temporary[name] = _stretch(CHAINS[name], grads, shared)
     times = interleave(stretches, rounds, BASELINE)
-    return {name: Update(times[name], temporary[name]) for name in arms}
+    return {name: Update(times[name], temporary[name]) for name in names}
 
 
 class _Shared:
-    """What is of the gradient's size, in turn of one arm and of another."""
+    """Arrays of the gradient's size, which optimizers use in turn."""
 
     def __init__(self, adam: optax.ScaleByAdamState, params: trees.Tree):
         self.adam, self.params = adam, params
 
 
 def _stretch(
-    arm: Arm, grads: trees.Tree, shared: _Shared
+    chain: Chain, grads: trees.Tree, shared: _Shared
 ) -> tuple[Callable[[int], None], int]:
-    before, optimizer = arm.parts()
+    before, optimizer = chain.parts()
     state = State(before.init(grads), jax.eval_shape(optimizer.init, grads))
-    step = step_of(arm)
+    step = step_of(chain)
     compiled = step.lower(grads, state, grads).compile()  # and kept for the calls
 
     def is_adam(node: object) -> bool:

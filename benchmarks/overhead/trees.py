@@ -1,4 +1,4 @@
-"""The parameter trees on which optimizers are timed: shapes alone, layer by layer."""
+"""The parameter trees on which optimizers are timed: shapes alone."""
 
 import math
 from collections.abc import Callable

@@ -1,28 +1,27 @@
-"""Physics-informed networks under every optimizer, from six laws of initial weights."""
+"""Physics-informed networks with every optimizer and seven laws of initial weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
+from benchmarks.lib.optimizers import BASES, Optimizer, chains
 from benchmarks.lib.runs import Phase, Settings
 from benchmarks.lib.suite import (
     SMOKE,
-    Entry,
     Preset,
     Protocol,
     Suite,
-    cells,
     entries,
     keep_error,
     lowest_worst_with_margin,
+    problems,
 )
 from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
 from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 
-# name in the results -> what it means for `Network`
+# name in the results -> arguments of `Network`
 INITS: dict[str, dict[str, str | float]] = {
     "normal 0.3": {"initializer": "normal", "gain": 0.3},
     "normal 1": {"initializer": "normal", "gain": 1.0},
@@ -33,97 +32,97 @@ INITS: dict[str, dict[str, str | float]] = {
     "activation-aware": {"initializer": "activation_aware"},
 }
 
-ARMS = (
-    *pairs(["none"], ["AdamW", "AdamW b2=0.9", "Adam eps=1e-16"]),
-    "clip 1 | AdamW",
-    "StableGrad | AdamW",
-    "StableGrad field | AdamW",
-    "StableGrad residuals | AdamW",
-    "StableGrad residuals, limit 2 | AdamW",
-    "StableGrad, biases untouched | AdamW",
-    *pairs(["StableGrad"], ["AdamW b2=0.9", "AdamW b2=0.99"]),
-    "StableGrad, biases untouched | AdamW b2=0.9",
-    *pairs(["GradientStabilizer", "GradientAutoscaled", "mean removal"], ["AdamW"]),
-    *pairs(["none"], ["NovoGrad", "LAMB"]),
-    *pairs(["none", "clip 1", "StableGrad"], ["momentum"]),
+BEFORE_ADAMW = (
+    *chains(["none"], ["AdamW", "AdamW (b2=0.9)", "Adam (eps=1e-16)"]),
+    "clip + AdamW",
+    "StableGrad + AdamW",
+    "StableGrad (reference: field) + AdamW",
+    "StableGrad (reference: residuals) + AdamW",
+    "StableGrad (reference: residuals, max_reference_growth=2) + AdamW",
+    "StableGrad (scale_biases=False) + AdamW",
+    *chains(["StableGrad"], ["AdamW (b2=0.9)", "AdamW (b2=0.99)"]),
+    "StableGrad (scale_biases=False) + AdamW (b2=0.9)",
+    *chains(
+        ["GradientStabilizer", "autoscaled normalization", "mean removal"], ["AdamW"]
+    ),
+    *chains(["none"], ["NovoGrad", "LAMB"]),
+    *chains(["none", "clip", "StableGrad"], ["momentum"]),
 )
-# The optimizer behind. Before Muon: what a recommendation may be of, and what costs as
-# much. What differs most comes first, as below for the cells.
-CANDIDATES = pairs(["StableGrad", "none", "unit norm by leaf", "clip 1"], ["Muon"])
-CLIPPED_WITHOUT_EPS = "clip 1 | Muon eps=1e-30"
-# Which part of Muon needs a scale control: its matrices, or the leaves of its Adam?
-ON_A_PART = pairs(
+# Within a preset the optimizers and problems that differ most come first, so that a
+# grid that is not finished yet answers the questions that matter.
+_SCALED = ("none", "clip", "StableGrad", "normalize per array")
+BEFORE_MUON = chains(["StableGrad", "none", "normalize per array", "clip"], ["Muon"])
+CLIPPED_WITHOUT_EPS = "clip + Muon (eps=1e-30)"
+# These say which part of Muon needs scale control: its matrices, or its Adam's arrays.
+ON_A_PART = chains(
     [
         f"{name} on {part}"
-        for name in ("StableGrad", "clip 1")
+        for name in ("StableGrad", "clip")
         for part in ("matrices", "biases")
     ],
     ["Muon"],
 )
-ADAMW = (*pairs(["none", "clip 1"], ["AdamW b2=0.9"]), "none | AdamW")
-# The other optimizers that are used, alone and with what differed most before Muon.
-SOAP = pairs(["none", "StableGrad", "clip 1", "unit norm by leaf"], ["SOAP"])
-OTHERS = pairs(
-    ["none", "StableGrad"], ["Muon b2=0.9", "AdamW warm-up", "Nadam b2=0.9", "Lion"]
+BEFORE_SOAP = chains(["none", "StableGrad", "clip", "normalize per array"], ["SOAP"])
+OTHER_BASES = chains(
+    ["none", "StableGrad"],
+    ["Muon (b2=0.9)", "AdamW (warm-up)", "Nadam (b2=0.9)", "Lion"],
 )
-# Of problems that are solved: what anyone would use, and the best of `behind`.
+# For problems that are solved: what anyone would use, and the best of `behind`.
 SOLVERS = (
-    *pairs(["none"], ["AdamW", "AdamW b2=0.9"]),
-    *pairs(["clip 1", "StableGrad"], ["Muon"]),
-    *pairs(["none"], ["SOAP", "Muon"]),
+    *chains(["none"], ["AdamW", "AdamW (b2=0.9)"]),
+    *chains(["clip", "StableGrad"], ["Muon"]),
+    *chains(["none"], ["SOAP", "Muon"]),
 )
 SOLVERS_RATES = {
     "AdamW": (3e-3, 1e-2, 3e-2),
-    "AdamW b2=0.9": (3e-3, 1e-2, 3e-2),
+    "AdamW (b2=0.9)": (3e-3, 1e-2, 3e-2),
     "Muon": (4e-3, 8e-3, 1.6e-2),
     "SOAP": (3e-3, 1e-2, 3e-2),
 }
-# Is deeper ever better?
 AT_ANY_DEPTH = (
-    "none | AdamW",
-    *pairs(["clip 1", "StableGrad", "unit norm by leaf"], ["Muon"]),
+    "AdamW",
+    *chains(["clip", "StableGrad", "normalize per array"], ["Muon"]),
 )
 DEPTH_RATES = {"Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}  # of the others all of theirs
 # Deep nets have their best rates lower: each set goes one step further down, for all
-# arms of the optimizer. Lion's needs none.
+# optimizers of the base. Lion's needs none.
 DEEP_RATES = {
-    optimizer: (lowest, *OPTIMIZERS[optimizer].rates)
-    for lowest, optimizers in (
-        (5e-4, ("Muon", "Muon b2=0.9", "Muon warm-up", "Muon eps=1e-30")),
-        (1e-4, ("AdamW", "AdamW b2=0.9", "AdamW warm-up", "Nadam b2=0.9")),
+    base: (lowest, *BASES[base].rates)
+    for lowest, bases in (
+        (5e-4, ("Muon", "Muon (b2=0.9)", "Muon (warm-up)", "Muon (eps=1e-30)")),
+        (1e-4, ("AdamW", "AdamW (b2=0.9)", "AdamW (warm-up)", "Nadam (b2=0.9)")),
         (3e-4, ("SOAP",)),
     )
-    for optimizer in optimizers
+    for base in bases
 }
-# Does a rate, once chosen, serve the same loss in another unit? At depth 4 the best of
-# the preset `depth`, before momentum of `cpu`.
-_SCALED = ("none", "clip 1", "StableGrad", "unit norm by leaf")
+# Each optimizer has the rate that is best in the unit 1: of depth 4 in the preset
+# `depth`, and for momentum in `cpu`.
 UNITS_RATES = {
-    **dict.fromkeys(pairs(_SCALED, ["AdamW"]), 1e-2),
-    **dict.fromkeys(pairs(_SCALED, ["Muon"]), 8e-3),
-    "none | momentum": 1e-4,
-    "clip 1 | momentum": 1e-1,
-    "StableGrad | momentum": 3e-3,
+    **dict.fromkeys(chains(_SCALED, ["AdamW"]), 1e-2),
+    **dict.fromkeys(chains(_SCALED, ["Muon"]), 8e-3),
+    "momentum": 1e-4,
+    "clip + momentum": 1e-1,
+    "StableGrad + momentum": 3e-3,
 }
-# Where the scale of the optimizer's input differs from the others'.
-RATES = {
-    "clip 1 | momentum": (1e-3, 1e-2, 1e-1, 3e-1),
-    "StableGrad | momentum": (1e-5, 1e-4, 1e-3, 3e-3),
+# The method changes the scale of what momentum is given.
+CPU_RATES = {
+    "clip + momentum": (1e-3, 1e-2, 1e-1, 3e-1),
+    "StableGrad + momentum": (1e-5, 1e-4, 1e-3, 3e-3),
 }
 
 
-def _cells(
-    problem: str,
-    inits: Sequence[str],
-    depths: Sequence[int],
+def _problems(
+    equation: str,
+    inits: Iterable[str],
+    depths: Iterable[int],
     *,
     width: int = 32,
     activation: str = "tanh",
-    steps: int = 1000,
+    steps: int = 1500,
 ) -> list[Settings]:
-    """What is trained, whatever the arm; `inits` are names of `INITS`."""
-    return cells(
-        problem=[problem],
+    """Returns the settings that make problems; `inits` are names of `INITS`."""
+    return problems(
+        equation=[equation],
         depth=depths,
         width=[width],
         activation=[activation],
@@ -132,78 +131,48 @@ def _cells(
     )
 
 
-def _cell(problem: str, init: str, depth: int, **others: Any) -> Settings:
-    (cell,) = _cells(problem, (init,), (depth,), **others)
-    return cell
+def _problem(equation: str, init: str, depth: int, **options: Any) -> Settings:
+    (problem,) = _problems(equation, (init,), (depth,), **options)
+    return problem
 
 
-def _groups(
-    preset: str,
-    of: Sequence[Settings],
-    arms: tuple[str, ...],
-    *,
-    rates: tuple[float, ...] | None = None,
-    joined: bool = False,
-) -> list[list[Entry]]:
-    """Every arm in every cell.
-
-    Args:
-        preset: its name.
-        of: the cells, in the order in which they are computed.
-        arms: in the order in which they are computed.
-        rates: one for each cell; by default each arm's is to be chosen.
-        joined: whether cells that differ in their initial weights alone are computed
-            side by side, as suits a GPU.
-    """
-    groups: dict[tuple, list[Entry]] = {}
-    for index, cell in enumerate(of):
-
-        def rates_of(arm: Arm, index: int = index) -> tuple[float, ...]:
-            tuned = RATES.get(arm.name, arm.rates)
-            return tuned if rates is None else (rates[index],)
-
-        shape = tuple(v for key, v in cell.items() if not (joined and key == "init"))
-        for (entry,) in entries(preset, [cell], arms, rates_of):
-            groups.setdefault((*shape, entry.settings["arm"]), []).append(entry)
-    return list(groups.values())
+def _rates(sets: Mapping[str, tuple[float, ...]]) -> Callable[[Optimizer], tuple]:
+    """Returns an optimizer's rates by its name, its base, or else by the vocabulary."""
+    return lambda o: sets.get(o.name, sets.get(o.base, o.rates))
 
 
-def _rates(sets: Mapping[str, tuple[float, ...]]) -> Callable[[Arm], tuple[float, ...]]:
-    """An arm's, by its optimizer; of those that are not named the vocabulary's."""
-    return lambda arm: sets.get(arm.optimizer, arm.rates)
+_deep = partial(entries, rates=_rates(DEEP_RATES))
 
-
-_tuned_deep = partial(entries, rates=_rates(DEEP_RATES))
-
-# The starts that told optimizers apart come first: a grid that is not finished yet
-# should answer the questions that matter.
 _TELLING = ("normal 5/3", "uniform", "normal 1")
 _OTHER_INITS = ("normal 0.3", "glorot", "activation-aware")
 _DEEP = (
-    _cell("poisson", "uniform", 50, steps=1500),
-    _cell("poisson", "normal 0.3", 32, steps=1500),
-    *_cells("poisson", _TELLING, (32,), steps=1500),
+    _problem("poisson", "uniform", 50),
+    _problem("poisson", "normal 0.3", 32),
+    *_problems("poisson", _TELLING, (32,)),
 )
-_DEEPER = _cell("poisson", "normal 5/3", 50, steps=1500)
+_DEEPER = _problem("poisson", "normal 5/3", 50)
+_TWENTY_SEEDS = (  # problem, the rate of all optimizers
+    (_problem("poisson", "uniform", 32), 3e-3),
+    (_DEEPER, 1e-3),
+)
 # Four that nothing was chosen on, and three of the hard ones again, on fresh seeds.
 _FRESH = (
-    _cell("poisson", "normal 0.3", 24, steps=1500),
-    _cell("poisson", "uniform", 24, activation="gelu", steps=1500),
-    _cell("poisson", "normal 1.4", 50, steps=1500),
+    _problem("poisson", "normal 0.3", 24),
+    _problem("poisson", "uniform", 24, activation="gelu"),
+    _problem("poisson", "normal 1.4", 50),
     *_DEEP[:2],
     _DEEPER,
-    _cell("poisson", "normal 0.3", 50, steps=1500),
+    _problem("poisson", "normal 0.3", 50),
 )
-# What lies around them, where less can go wrong.
+# Milder problems between them.
 _AROUND = (
-    _cell("poisson", "normal 1", 50, steps=1500),
-    _cell("poisson", "normal 0.3", 16, steps=1500),
-    _cell("poisson", "glorot", 32, steps=1500),
+    _problem("poisson", "normal 1", 50),
+    _problem("poisson", "normal 0.3", 16),
+    _problem("poisson", "glorot", 32),
 )
-# What tells the field's remedies first; then what a plain network solves as well.
 SOLVED = tuple(
-    _cell(problem, "glorot", 4, width=64, steps=10_000)
-    for problem in (
+    _problem(equation, "glorot", 4, width=64, steps=10_000)
+    for equation in (
         "allen_cahn, periodic, exact start",
         "wave, exact start and ends",
         "burgers, 128 points",
@@ -215,122 +184,137 @@ SOLVED = tuple(
 # As many steps at every depth; then, of shallower networks, as many as take at most the
 # time of depth 50: a step's grows with the number of kernels, or faster.
 _AT_DEPTHS = (
-    *_cells("poisson", ("uniform",), (8, 50, 4, 16, 32, 2), steps=1500),
+    *_problems("poisson", ("uniform",), (8, 50, 4, 16, 32, 2)),
     *(
-        _cell("poisson", "uniform", depth, steps=1500 * 51 // (depth + 1))
+        _problem("poisson", "uniform", depth, steps=1500 * 51 // (depth + 1))
         for depth in (8, 4, 16, 2)
     ),
 )
 IN_UNITS = tuple(
-    _cell(problem, "uniform", 4, steps=1500)
-    for problem in (
+    _problem(equation, "uniform", 4)
+    for equation in (
         "poisson",
         "poisson, loss times 1e-4",
         "poisson, loss times 1e-8",
         "poisson, loss times 1e4",
     )
 )
-_PROTOCOL = Protocol(tuning_seeds=(0, 1), reported_seeds=tuple(range(100, 106)))
+_short = partial(_problems, steps=1000)
+_CPU = (
+    *_short("poisson", _TELLING, (32, 16)),
+    *_short("burgers", _TELLING, (8,)),
+    *_short("allen_cahn", ("normal 5/3",), (8,)),
+    *_short("helmholtz_4_4", ("normal 5/3",), (8,)),
+    *_short("poisson", (*_TELLING, *_OTHER_INITS), (8, 4)),
+    *_short("poisson", ("uniform",), (8,), activation="sin"),
+    *_short("poisson", ("uniform",), (8,), activation="silu"),
+)
 
 PRESETS = {
     "smoke": Preset(
-        _groups(
+        entries(
             "smoke",
-            _cells("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
-            pairs(["none", "StableGrad", "StableGrad residuals"], ["AdamW"]),
+            _problems("poisson", ("normal 1", "uniform"), (2,), width=8, steps=20),
+            chains(
+                ["none", "StableGrad", "StableGrad (reference: residuals)"], ["AdamW"]
+            ),
         ),
         SMOKE,
         "seconds",
         "every part of the machinery; its errors mean nothing",
     ),
     "twenty-seeds": Preset(
-        _groups(
-            "twenty-seeds",
-            (_cell("poisson", "uniform", 32, steps=1500), _DEEPER),
-            (
-                *pairs(["StableGrad"], ["AdamW", "AdamW b2=0.99", "AdamW b2=0.9"]),
-                "none | AdamW b2=0.9",
-                "clip 1 | AdamW",
-                *pairs(["none"], ["AdamW", "Adam eps=1e-16"]),
-                "StableGrad field | AdamW",
-                "StableGrad residuals | AdamW",
-                "StableGrad residuals, limit 2 | AdamW",
-            ),
-            rates=(3e-3, 1e-3),
-        ),
+        [
+            group
+            for problem, rate in _TWENTY_SEEDS
+            for group in entries(
+                "twenty-seeds",
+                [problem],
+                (
+                    *chains(
+                        ["StableGrad"], ["AdamW", "AdamW (b2=0.99)", "AdamW (b2=0.9)"]
+                    ),
+                    "AdamW (b2=0.9)",
+                    "clip + AdamW",
+                    *chains(["none"], ["AdamW", "Adam (eps=1e-16)"]),
+                    "StableGrad (reference: field) + AdamW",
+                    "StableGrad (reference: residuals) + AdamW",
+                    "StableGrad (reference: residuals, max_reference_growth=2) + AdamW",
+                ),
+                lambda _, rate=rate: (rate,),
+            )
+        ],
         Protocol((), tuple(range(200, 220))),
         "1 hour on 2 idle cores",
-        "ten arms at a fixed rate, 20 seeds, where clipping and b2=0.9 failed",
+        "ten optimizers at one rate, where clipping and b2=0.9 fail on some seeds",
     ),
     "cpu": Preset(
-        _groups(
-            "cpu",
-            (
-                *_cells("poisson", _TELLING, (32, 16)),
-                *_cells("burgers", _TELLING, (8,)),
-                _cell("allen_cahn", "normal 5/3", 8),
-                _cell("helmholtz_4_4", "normal 5/3", 8),
-                *_cells("poisson", (*_TELLING, *_OTHER_INITS), (8, 4)),
-                _cell("poisson", "uniform", 8, activation="sin"),
-                _cell("poisson", "uniform", 8, activation="silu"),
-            ),
-            ARMS,
-        ),
-        _PROTOCOL,
+        entries("cpu", _CPU, BEFORE_ADAMW, _rates(CPU_RATES)),
+        Protocol((0, 1), tuple(range(100, 106))),
         "3 hours on 2 idle cores",
-        "25 cells of 4 problems, depth 4 to 32, 20 arms",
+        "25 problems of 4 equations, depth 4 to 32, 20 optimizers",
         workers=2,
     ),
     "behind": Preset(
         [
-            *_tuned_deep(
+            *_deep(
                 "behind",
                 _DEEP[:3],
                 (
-                    *CANDIDATES,
-                    "GradientStabilizer .7 .9 | Muon",
-                    "none | Muon eps=1e-30",
+                    *BEFORE_MUON,
+                    "GradientStabilizer (0.7, 0.9) + Muon",
+                    "Muon (eps=1e-30)",
                     CLIPPED_WITHOUT_EPS,
                 ),
             ),
-            *_tuned_deep("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
-            *_tuned_deep("behind", _DEEP[:1], ADAMW),
-            *_tuned_deep(
+            *_deep("behind", (_DEEP[0], _DEEP[2]), ON_A_PART),
+            *_deep(
+                "behind",
+                _DEEP[:1],
+                (*chains(["none", "clip"], ["AdamW (b2=0.9)"]), "AdamW"),
+            ),
+            *_deep(
                 "behind",
                 _DEEP[:3],
                 (
-                    *SOAP,
-                    *pairs(["unit norm", "GradientStabilizer"], ["Muon"]),
-                    "StableGrad | AdamW b2=0.9",
+                    *BEFORE_SOAP,
+                    *chains(
+                        ["normalize all arrays together", "GradientStabilizer"],
+                        ["Muon"],
+                    ),
+                    "StableGrad + AdamW (b2=0.9)",
                 ),
             ),
-            *_tuned_deep("behind", (_DEEP[0], _DEEP[2]), OTHERS),
-            *_tuned_deep("behind", _DEEP[3:], (*CANDIDATES, "none | AdamW b2=0.9")),
-            *_tuned_deep(
+            *_deep("behind", (_DEEP[0], _DEEP[2]), OTHER_BASES),
+            *_deep("behind", _DEEP[3:], (*BEFORE_MUON, "AdamW (b2=0.9)")),
+            *_deep(
                 "behind",
                 _DEEP[:3],
-                pairs(["StableGrad residuals", "GradientAutoscaled"], ["Muon"]),
+                chains(
+                    ["StableGrad (reference: residuals)", "autoscaled normalization"],
+                    ["Muon"],
+                ),
             ),
         ],
         Protocol((0, 1, 2), tuple(range(300, 310)), lowest_worst_with_margin),
         "2 hours on 2 idle cores",
-        "optimizers behind scale controls, or parts of them, depth 32 and 50",
+        "optimizers behind scale control, or behind a part of it, depth 32 and 50",
         workers=2,
     ),
     "confirm": Preset(
         [
-            *_tuned_deep("confirm", _FRESH, (*CANDIDATES, CLIPPED_WITHOUT_EPS)),
-            *_tuned_deep(
+            *_deep("confirm", _FRESH, (*BEFORE_MUON, CLIPPED_WITHOUT_EPS)),
+            *_deep(
                 "confirm",
                 (_DEEP[0], _DEEPER),
-                pairs(["StableGrad", "unit norm by leaf"], ["Muon warm-up"]),
+                chains(["StableGrad", "normalize per array"], ["Muon (warm-up)"]),
             ),
-            *_tuned_deep("confirm", _FRESH, ("unit norm by leaf | SOAP",)),
-            *_tuned_deep("confirm", _AROUND, (*CANDIDATES, "unit norm by leaf | SOAP")),
+            *_deep("confirm", _FRESH, ("normalize per array + SOAP",)),
+            *_deep("confirm", _AROUND, (*BEFORE_MUON, "normalize per array + SOAP")),
         ],
         Protocol((0, 1, 2), tuple(range(400, 420)), lowest_worst_with_margin),
         "2 hours on 2 idle cores",
-        "what behind recommends, on fresh seeds and cells between and around",
+        "what behind recommends, on fresh seeds and on problems between and around",
         workers=2,
     ),
     "solved": Preset(
@@ -348,48 +332,35 @@ PRESETS = {
         workers=2,
     ),
     "units": Preset(
-        entries("units", IN_UNITS, UNITS_RATES, lambda arm: (UNITS_RATES[arm.name],)),
+        entries("units", IN_UNITS, UNITS_RATES, lambda o: (UNITS_RATES[o.name],)),
         Protocol((), tuple(range(700, 710))),
         "5 minutes on 1 idle core",
-        "the loss in four units, each arm at one rate, depth 4",
-    ),
-    # Estimated: 12 ms a step of the 48 runs that tune, 8 of the 16 that are reported,
-    # 40 seconds of compilation for every arm.
-    "gpu": Preset(
-        _groups(
-            "gpu",
-            _cells("poisson", (*_TELLING, "normal 0.3"), (32,), width=128, steps=2000),
-            pairs(["StableGrad", "none", "clip 1", "unit norm by leaf"], ["Muon"]),
-            joined=True,
-        ),
-        Protocol((0, 1), (100, 101, 102, 103)),
-        "7 minutes on an H100: estimated, never run",
-        "depth 32 at width 128, the initial weights side by side",
+        "the loss in four units, each optimizer at one rate, depth 4",
     ),
 }
 
 
 @cache  # one object for each: programs are compiled for an object
-def _problem(name: str) -> Problem:
+def _equation(name: str) -> Problem:
     return PROBLEMS[name]()
 
 
 def training(settings: Settings, phase: Phase) -> Training:
-    """A network of the settings; both phases are scored on the same grid."""
+    """Makes the training of the settings; both phases are scored on the same grid."""
     del phase
-    problem, steps = _problem(settings["problem"]), settings["steps"]
+    equation, steps = _equation(settings["equation"]), settings["steps"]
     network = Network(
         settings["depth"],
         settings["width"],
         settings["activation"],
         **INITS[settings["init"]],
-        embedding=problem.embedding,
+        embedding=equation.embedding,
     )
     return Training(
-        Pinn(problem, network),
-        Rule.of(settings),
+        Pinn(equation, network),
+        Rule.from_settings(settings),
         record_steps(steps, early=8, even=12),
-        evaluation(problem),
+        evaluation(equation),
     )
 
 

@@ -1,14 +1,15 @@
-"""Spikes, low precision, corrupted inputs and decay, under every treatment."""
+"""Spikes, low precision, corrupted inputs and weight decay, with every method."""
 
 import math
 import platform
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from benchmarks.lib.arms import pairs
+from benchmarks.lib.curves import Curves
+from benchmarks.lib.optimizers import chains
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
 from benchmarks.lib.suite import SMOKE, Entry, Preset, Protocol, Suite, curve, entries
-from benchmarks.lib.train import Curves, Rule, Training, record_steps
+from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.disturbances import DISTURBANCES
 from benchmarks.tasks.images import digits
 from benchmarks.tasks.images.models import MODELS
@@ -17,65 +18,63 @@ from benchmarks.tasks.sequences.models import Blocks, Decoder, Forecaster, Numbe
 from benchmarks.tasks.supervised import HeldOut, Supervised
 
 AFTER = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # updates from a spike's on: recorded
-TREATMENTS = (
+METHODS = (
     "none",
-    "value clip 0.1",
-    "clip 1",
-    "AGC 0.01",
+    "clip values at 0.1",
+    "clip",
+    "AGC",
     "ZClip",
     "GradientStabilizer",
-    "GradientStabilizer, Algorithm 1",
-    "GradientStabilizer, max_norm_ratio 2",
-    "GradientStabilizer .7 .9",
+    "GradientStabilizer (bias_correction=False)",
+    "GradientStabilizer (max_norm_ratio=2)",
+    "GradientStabilizer (0.7, 0.9)",
     "clip by history",
     "skip spikes",
     "StableGrad",
-    "StableGrad prediction, limit 2",
-    "unit norm by leaf",
-    "constant factor 30",
+    "StableGrad (reference: prediction, max_reference_growth=2)",
+    "normalize per array",
+    "scale by 30",
 )
 # Those that came after the preset cpu, which is not run again for them.
-_LATER = ("GradientStabilizer .7 .9", "clip by history", "skip spikes")
-Size = Literal["tiny", "cpu", "million", "gpu"]
-# The decoder of size "gpu" has 4.9 million parameters, "million" 1.3 million, "cpu" 43
-# thousand: what two busy cores can train some hundreds of times.
+_LATER = ("GradientStabilizer (0.7, 0.9)", "clip by history", "skip spikes")
+Size = Literal["tiny", "cpu", "million"]
+# The decoder of size "million" has 1.3 million parameters, that of "cpu" 43 thousand,
+# which two busy cores can train some hundreds of times.
 LANGUAGE: dict[Size, tuple[int, int, int]] = {  # width, depth, context
     "tiny": (8, 1, 8),
     "cpu": (32, 2, 32),
     "million": (128, 6, 64),
-    "gpu": (256, 6, 256),
 }
 FORECAST: dict[Size, tuple[int, int, int, int]] = {  # width, depth, context, horizon
     "tiny": (8, 1, 16, 4),
     "cpu": (16, 2, 32, 8),
-    "gpu": (128, 3, 64, 16),
 }
-DIGITS: dict[Size, int] = {"tiny": 2, "cpu": 4, "gpu": 16}  # width
+DIGITS: dict[Size, int] = {"tiny": 2, "cpu": 4}  # width
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is trained, and with which arms.
+class Grid:
+    """A problem, and the optimizers that it is run with.
 
     Attributes:
         task: "lm", "forecast" or "resnet20".
-        rates: of learning: to choose from for each arm where `tuned`, else all of them
-            are reported.
-        optimizer: a name of `OPTIMIZERS`.
-        numbers: what the model computes in.
-        disturbance: a name of `DISTURBANCES`.
-        spike: which update is the disturbed one; 0: none.
-        weight_decay: added to the gradient; a number, as it is to be written.
-        steps: number of updates.
-        batch: examples in each.
-        size: of the model.
-        treatments: of the arms.
+        rates: The learning rates; each optimizer chooses from them where `tuned`, else
+            all of them are reported.
+        base: A name of `BASES`.
+        numbers: What the model computes in.
+        disturbance: A name of `DISTURBANCES`.
+        spike: Which update is the disturbed one; 0: none.
+        weight_decay: Added to the gradient; a number, as it is to be written.
+        steps: The number of updates.
+        batch: The number of examples in a batch.
+        size: Of the model.
+        methods: What stands before the base.
     """
 
     task: str
     rates: tuple[float, ...]
     tuned: bool = False
-    optimizer: str = "Adam"
+    base: str = "Adam"
     numbers: Numbers = "float32"
     disturbance: str = "none"
     spike: int = 0
@@ -83,21 +82,21 @@ class Cell:
     steps: int = 400
     batch: int = 8
     size: Size = "cpu"
-    treatments: tuple[str, ...] = tuple(t for t in TREATMENTS if t not in _LATER)
+    methods: tuple[str, ...] = tuple(t for t in METHODS if t not in _LATER)
 
 
-def _groups(preset: str, cells: tuple[Cell, ...]) -> list[list[Entry]]:
-    """The entries, each a group."""
+def _groups(preset: str, grids: tuple[Grid, ...]) -> list[list[Entry]]:
+    """Returns the entries, each a group."""
     groups = []
-    for cell in cells:
-        of_cell = asdict(cell)
-        arms = pairs(of_cell.pop("treatments"), [cell.optimizer])
-        sets = {f"{rate:g}": (rate,) for rate in of_cell.pop("rates")}
-        if of_cell.pop("tuned"):
-            sets = {"tuned": cell.rates}
+    for grid in grids:
+        problem = asdict(grid)
+        optimizers = chains(problem.pop("methods"), [problem.pop("base")])
+        sets = {f"{rate:g}": (rate,) for rate in problem.pop("rates")}
+        if problem.pop("tuned"):
+            sets = {"tuned": grid.rates}
         for name, rates in sets.items():
-            settings = {**of_cell, "rate": name}
-            groups += entries(preset, [settings], arms, lambda arm, rates=rates: rates)
+            settings = {**problem, "rate": name}
+            groups += entries(preset, [settings], optimizers, lambda _, r=rates: r)
     return groups
 
 
@@ -105,129 +104,102 @@ SPIKES = ("loss x10", "loss x100", "loss x1e4")
 NOISES = ("none", "noise of 1 range", "noise of 2 ranges", "noise of 3 ranges")
 DECAYS = ("0", "1e-4", "5e-4")
 
-_FIRST = tuple(arm for arm in TREATMENTS if arm not in _LATER)
-_STABILIZERS = tuple(arm for arm in _FIRST if arm.startswith("GradientStabilizer"))
+_FIRST = tuple(name for name in METHODS if name not in _LATER)
+_STABILIZERS = tuple(name for name in _FIRST if name.startswith("GradientStabilizer"))
 # A constant factor cancels in Adam and Lion, but for eps: it is a control of the decay.
-_ARMS = tuple(arm for arm in _FIRST if arm != "constant factor 30")
+_METHODS = tuple(name for name in _FIRST if name != "scale by 30")
 _DECAYED = (
     "none",
-    "clip 1",
+    "clip",
     *_STABILIZERS,
     "StableGrad",
-    "unit norm by leaf",
-    "constant factor 30",
+    "normalize per array",
+    "scale by 30",
 )
 _FEW = (
     "none",
-    "clip 1",
+    "clip",
     "ZClip",
     "GradientStabilizer",
-    "GradientStabilizer, max_norm_ratio 2",
-    "StableGrad prediction, limit 2",
+    "GradientStabilizer (max_norm_ratio=2)",
+    "StableGrad (reference: prediction, max_reference_growth=2)",
 )
-_MAIN = ("none", "clip 1", "GradientStabilizer", "StableGrad")
-# Half decades. To choose from; then, for the range in which arms do not diverge, two
-# decades, and three for the small language model, which no rate to 0.1 lets diverge.
+_MAIN = ("none", "clip", "GradientStabilizer", "StableGrad")
+# In factors of about 3: to choose from; then, for the range in which optimizers do not
+# diverge, two decades, and three for the small language model.
 _RATES = (1e-3, 3e-3, 1e-2)
 _HIGHER = (3e-3, 1e-2, 3e-2)
 _LOWER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _WIDE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 # One of 700 updates, 500 before the last.
-_SPIKED = Cell("lm", (3e-3,), spike=200, steps=700, treatments=_ARMS)
-_TEXT = Cell("lm", _HIGHER, tuned=True, treatments=_ARMS)
-_SERIES = Cell(
+_SPIKED = Grid("lm", (3e-3,), spike=200, steps=700, methods=_METHODS)
+_TEXT = Grid("lm", _HIGHER, tuned=True, methods=_METHODS)
+_SERIES = Grid(
     "forecast",
     (*_RATES, 3e-2, 1e-1),
     tuned=True,
-    optimizer="AdamW",
+    base="AdamW",
     batch=32,
-    treatments=_ARMS,
+    methods=_METHODS,
 )
-_DIGITS = Cell("resnet20", (*_RATES, 3e-2), tuned=True, batch=16, treatments=_DECAYED)
+_DIGITS = Grid("resnet20", (*_RATES, 3e-2), tuned=True, batch=16, methods=_DECAYED)
 _SPIKED_DIGITS = replace(
-    _DIGITS, rates=(3e-3,), tuned=False, spike=200, steps=700, treatments=_FEW
+    _DIGITS, rates=(3e-3,), tuned=False, spike=200, steps=700, methods=_FEW
 )
-_SHORT_SPIKED = replace(_SPIKED, optimizer="Adam b2=0.9", treatments=_MAIN)
+_B2_SPIKED = replace(_SPIKED, base="Adam (b2=0.9)", methods=_MAIN)
 _SPIKED_MILLION = replace(
     _SPIKED,
     rates=(1e-3,),
     size="million",
-    treatments=(*_MAIN, "GradientStabilizer, max_norm_ratio 2"),
+    methods=(*_MAIN, "GradientStabilizer (max_norm_ratio=2)"),
 )
 _REMEDIES = replace(
     _SPIKED,
-    treatments=(
+    methods=(
         "none",
-        "clip 1",
+        "clip",
         "ZClip",
         "GradientStabilizer",
-        "GradientStabilizer, max_norm_ratio 2",
+        "GradientStabilizer (max_norm_ratio=2)",
         *_LATER,
     ),
 )
 _REMEDIES_FEW = replace(
-    _REMEDIES, optimizer="Adam b2=0.9", treatments=("none", "clip 1", "ZClip", *_LATER)
+    _REMEDIES, base="Adam (b2=0.9)", methods=("none", "clip", "ZClip", *_LATER)
 )
-_REMEDIES_MUON = replace(_REMEDIES_FEW, optimizer="Muon")
+_REMEDIES_MUON = replace(_REMEDIES_FEW, base="Muon")
 _REMEDIES_MILLION = replace(
     _REMEDIES,
     rates=(1e-3,),
     steps=400,
     size="million",
-    treatments=("none", "clip 1", *_LATER),
+    methods=("none", "clip", *_LATER),
 )
 _SPIKES_OF_REMEDIES = ("none", "wrong labels", "loss x1e4", "loss x1e4, 10 updates")
-_LION = replace(_TEXT, optimizer="Lion", rates=_LOWER, tuned=False, treatments=_FEW)
-_SHORT_TEXT = replace(_TEXT, optimizer="Adam b2=0.9", treatments=_MAIN)
-_SHORT_SERIES = replace(_SERIES, optimizer="AdamW b2=0.9", treatments=_MAIN)
+_LION = replace(_TEXT, base="Lion", rates=_LOWER, tuned=False, methods=_FEW)
+_B2_TEXT = replace(_TEXT, base="Adam (b2=0.9)", methods=_MAIN)
+_B2_SERIES = replace(_SERIES, base="AdamW (b2=0.9)", methods=_MAIN)
 
 
-def _with(cell: Cell, name: str, values: tuple[str, ...]) -> tuple[Cell, ...]:
-    """A cell for each value of one of its attributes."""
-    return tuple(replace(cell, **{name: value}) for value in values)
+def _with(grid: Grid, name: str, values: tuple[str, ...]) -> tuple[Grid, ...]:
+    """Returns a grid for each value of one of its attributes."""
+    return tuple(replace(grid, **{name: value}) for value in values)
 
-
-# Estimated, in ms a step on an H100: text 10, series 5, digits 8.
-_LARGE_TEXT = Cell(
-    "lm", _RATES, tuned=True, steps=600, batch=32, size="gpu", treatments=_MAIN
-)
-_LARGE_SPIKED = replace(_LARGE_TEXT, rates=(1e-3,), tuned=False, spike=500, steps=1000)
-_LARGE_SERIES = replace(_LARGE_TEXT, task="forecast", steps=1000, batch=128)
-_LARGE_DIGITS = replace(_LARGE_TEXT, task="resnet20", steps=800, batch=128)
-# preset -> its cells, and what it is for
-_ON_GPU = {
-    "gpu-spike": (
-        _with(_LARGE_SPIKED, "disturbance", ("none", "loss x1e4")),
-        "one spike, a decoder of 4.9 million parameters",
-    ),
-    "gpu-numbers": (
-        _with(_LARGE_TEXT, "numbers", ("float32", "fp4")),
-        "few bits, a decoder of 4.9 million parameters",
-    ),
-    "gpu-noise": (
-        _with(_LARGE_SERIES, "disturbance", (NOISES[0], NOISES[3])),
-        "noisy inputs, a forecaster of width 128",
-    ),
-    "gpu-decay": (
-        _with(_LARGE_DIGITS, "weight_decay", ("0", "5e-4")),
-        "decay, ResNet-20 at its real width on digits",
-    ),
-}
 
 PRESETS = {
     "smoke": Preset(
         _groups(
             "smoke",
             _with(
-                Cell(
+                Grid(
                     "forecast",
                     (1e-3,),
                     spike=2,
                     steps=4,
                     batch=4,
                     size="tiny",
-                    treatments=("none", "GradientStabilizer"),
+                    methods=("none", "GradientStabilizer"),
                 ),
                 "disturbance",
                 ("none", "inputs x100"),
@@ -238,7 +210,7 @@ PRESETS = {
         "every part of the machinery; its errors mean nothing",
     ),
     # In the order of what tells most: one case of each question, then the others.
-    # Around a spike all arms have one rate: a run is compared with itself without it.
+    # Around a spike all have one rate: a run is compared with itself without the spike.
     "cpu": Preset(
         _groups(
             "cpu",
@@ -256,9 +228,9 @@ PRESETS = {
                 replace(_SPIKED, disturbance="loss x10"),
                 *_with(_SPIKED_DIGITS, "disturbance", SPIKES),
                 _LION,
-                *_with(_SHORT_SPIKED, "disturbance", ("none", "loss x1e4")),
-                *_with(_SHORT_TEXT, "numbers", ("float32", "float16", "fp4")),
-                *_with(_SHORT_SERIES, "disturbance", (NOISES[0], NOISES[3])),
+                *_with(_B2_SPIKED, "disturbance", ("none", "loss x1e4")),
+                *_with(_B2_TEXT, "numbers", ("float32", "float16", "fp4")),
+                *_with(_B2_SERIES, "disturbance", (NOISES[0], NOISES[3])),
             ),
         ),
         Protocol(tuning_seeds=(0, 1), reported_seeds=(100, 101, 102)),
@@ -279,13 +251,13 @@ PRESETS = {
         _groups(
             "remedies",
             tuple(
-                cell
+                grid
                 for disturbances in (
                     _SPIKES_OF_REMEDIES,
                     ("wrong labels, 10 updates",),
                 )
                 for one in (_REMEDIES, _REMEDIES_FEW, _REMEDIES_MUON)
-                for cell in _with(one, "disturbance", disturbances)
+                for grid in _with(one, "disturbance", disturbances)
             ),
         ),
         Protocol((), tuple(range(100, 105))),
@@ -305,15 +277,6 @@ PRESETS = {
         "40 minutes on 2 idle cores",
         "wrong labels in the training of a decoder of 1.3 million parameters",
     ),
-    **{
-        name: Preset(
-            _groups(name, of_preset),
-            Protocol((0,), (100, 101, 102)),
-            "7 minutes on an H100: estimated, never run",
-            about,
-        )
-        for name, (of_preset, about) in _ON_GPU.items()
-    },
 }
 
 
@@ -335,7 +298,7 @@ def training(settings: Settings, phase: Phase) -> Training:
             loss_scaling=is_float16,
             **pieces,
         ),
-        Rule.of(
+        Rule.from_settings(
             settings,
             warm_up=True,
             weight_decay=float(settings["weight_decay"]),

@@ -1,11 +1,12 @@
-"""Image classifiers with BatchNorm and without, with every treatment."""
+"""Image classifiers with BatchNorm and without it, with every method."""
 
 from functools import partial
 from itertools import chain
 
 import numpy as np
 
-from benchmarks.lib.arms import OPTIMIZERS, Arm, pairs
+from benchmarks.lib.curves import Curves
+from benchmarks.lib.optimizers import BASES, Optimizer, chains
 from benchmarks.lib.runs import Phase, Record, Run, Settings, finite
 from benchmarks.lib.suite import (
     SMOKE,
@@ -16,44 +17,40 @@ from benchmarks.lib.suite import (
     curve,
     entries,
     lowest_worst_with_margin,
-    rounded,
 )
-from benchmarks.lib.train import Curves, Rule, Training, record_steps
+from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.images.data import load
 from benchmarks.tasks.images.models import MODELS, Norm
 from benchmarks.tasks.images.task import Classifier, Recipe, in_parts, on_device
 
-CONSTANT = "StableGrad 0.01"
-PREDICTION = "StableGrad prediction"
-BIASES_UNTOUCHED = "StableGrad 0.01, biases untouched"
-TREATMENTS = (
+CONSTANT = "StableGrad (reference_std=0.01)"
+PREDICTION = "StableGrad (reference: prediction)"
+LIMITED = "StableGrad (reference: prediction, max_reference_growth=2)"
+WEIGHTS_ALONE = "StableGrad (reference_std=0.01, scale_biases=False)"
+METHODS = (
     "none",
     CONSTANT,
     PREDICTION,
-    "StableGrad prediction, limit 2",
-    BIASES_UNTOUCHED,
-    "clip 1",
-    "AGC 0.01",
+    LIMITED,
+    WEIGHTS_ALONE,
+    "clip",
+    "AGC",
     "GradientStabilizer",
-    "GradientAutoscaled",
+    "autoscaled normalization",
     "mean removal",
-    "z-score",
+    "ZNorm",
 )
 RATES = {
     "momentum": (1e-3, 1e-2, 1e-1),
     "AdamW": (3e-4, 1e-3, 3e-3),
-    "AdamW b2=0.9": (3e-4, 1e-3, 3e-3),
-    "Muon": OPTIMIZERS["Muon"].rates,
+    "AdamW (b2=0.9)": (3e-4, 1e-3, 3e-3),
+    "Muon": BASES["Muon"].rates,
 }
 # What learning rates are multiplied by behind momentum, where the scale of the gradient
-# matters: its inverse, when it is far from that of the other treatments. The
+# matters: its inverse, when it is far from that of the other methods. The
 # prediction's gradient per example starts near 0.3 for ten classes: 30 times the
 # constant reference, which is what the literal one is at batch 32.
-RATE_SCALES = {
-    PREDICTION: 0.03,
-    "StableGrad prediction, limit 2": 0.03,
-    "z-score": 0.01,
-}
+RATE_SCALES = {PREDICTION: 0.03, LIMITED: 0.03, "ZNorm": 0.01}
 
 
 def _groups(
@@ -62,8 +59,8 @@ def _groups(
     width: int,
     norm: Norm = "none",
     *,
-    optimizer: str = "momentum",
-    treatments: tuple[str, ...] = TREATMENTS,
+    base: str = "momentum",
+    methods: tuple[str, ...] = METHODS,
     rates: tuple[float, ...] | None = None,
     data: str = "digits",
     steps: int = 200,
@@ -71,27 +68,27 @@ def _groups(
     batch: int = 32,
     scored: int = 10_000,
 ) -> list[list[Entry]]:
-    """The entries of a cell, each a group.
+    """Returns the entries of a problem, each a group.
 
     Args:
-        preset: its name.
-        model: a name of `MODELS`.
-        width: of the model.
-        norm: of the model.
-        optimizer: a name of `RATES`.
-        treatments: of the arms.
-        rates: of learning, to choose from for each arm, in the scale of "none"; by
-            default the optimizer's. A single one is used as it is.
-        data: a name of `DATASETS`.
-        steps: number of updates.
-        tuning_steps: in the runs that tune, where they are shorter.
-        batch: images in each.
-        scored: images that the accuracy is of, at most.
+        preset: Its name.
+        model: A name of `MODELS`.
+        width: Of the model.
+        norm: Of the model.
+        base: A name of `RATES`.
+        methods: What stands before the base.
+        rates: The learning rates to choose from, in the scale of the base alone; by
+            default those of the base. A single one is used as it is.
+        data: A name of `DATASETS`.
+        steps: The number of updates.
+        tuning_steps: In the runs that tune, where they are shorter.
+        batch: The number of images in a batch.
+        scored: The largest number of images that the accuracy is measured on.
     """
-    rates = rates or RATES[optimizer]
+    rates = rates or RATES[base]
     shorter = {} if tuning_steps is None else {"tuning_steps": tuning_steps}
     tuned = f"tuned on {tuning_steps} steps" if shorter else "tuned"
-    cell = {
+    problem = {
         "model": model,
         "width": width,
         "norm": norm,
@@ -102,26 +99,26 @@ def _groups(
         "scored": scored,
         **shorter,
     }
-    arms = pairs(treatments, [optimizer])
-    return entries(preset, [cell], arms, partial(_in_scale, rates))
+    optimizers = chains(methods, [base])
+    return entries(preset, [problem], optimizers, partial(_in_scale, rates))
 
 
-def _in_scale(rates: tuple[float, ...], arm: Arm) -> tuple[float, ...]:
+def _in_scale(rates: tuple[float, ...], optimizer: Optimizer) -> tuple[float, ...]:
     scale = 1.0
-    if not OPTIMIZERS[arm.optimizer].scale_free:
-        scale = RATE_SCALES.get(arm.treatment, 1.0)
+    if not BASES[optimizer.base].scale_free:
+        scale = RATE_SCALES.get(optimizer.method, 1.0)
     return tuple(float(f"{rate * scale:.3g}") for rate in rates)
 
 
-# Half decades: at 0.001 and 0.01 the plain net still stands or already overshoots.
+# In factors of about 3: at 0.001 the plain net hardly moves, at 0.01 it overshoots.
 _FINE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_WITH_BATCHNORM = ("none", CONSTANT, "GradientAutoscaled", "mean removal")
-_TUNED = ("none", CONSTANT, "clip 1")
+_WITH_BATCHNORM = ("none", CONSTANT, "autoscaled normalization", "mean removal")
+_TUNED = ("none", CONSTANT, "clip")
 _PLAIN = "plain-24, gain 0.75"
-# Before Muon, and before AdamW b2=0.9 beside it. The constant of StableGrad is that of
-# the other presets: any would do, for both forget the scale of their gradient.
-_BEFORE_MUON = ("none", "clip 1", CONSTANT, "unit norm by leaf", "GradientStabilizer")
-_AUTOSCALED = ("none", "GradientAutoscaled", "mean removal")
+# For Muon and for AdamW (b2=0.9). The constant of StableGrad is that of the other
+# presets: any would do, for both forget the scale of their gradient.
+_BEFORE_MUON = ("none", "clip", CONSTANT, "normalize per array", "GradientStabilizer")
+_AUTOSCALED = ("none", "autoscaled normalization", "mean removal")
 _RATES_OF_MUON = (3e-3, 1e-2, 3e-2)
 _RATES_WITH_BATCHNORM = (3e-2, 1e-1, 3e-1)
 
@@ -133,50 +130,50 @@ _CPU = (
         _PLAIN,
         8,
         rates=_FINE,
-        treatments=("none", BIASES_UNTOUCHED, CONSTANT, PREDICTION, "clip 1"),
+        methods=("none", WEIGHTS_ALONE, CONSTANT, PREDICTION, "clip"),
     ),
     *(
-        _on_cpu(model, 8, "batch", treatments=_WITH_BATCHNORM)
+        _on_cpu(model, 8, "batch", methods=_WITH_BATCHNORM)
         for model in ("ResNet-56", "ResNet-20", "VGG-16")
     ),
     _on_cpu(
         f"{_PLAIN}, no conv biases",
         8,
         rates=_FINE,
-        treatments=(BIASES_UNTOUCHED, CONSTANT),
+        methods=(WEIGHTS_ALONE, CONSTANT),
     ),
     *(
-        _on_cpu("ResNet-56", 8, optimizer=optimizer, treatments=_TUNED)
-        for optimizer in ("momentum", "AdamW", "AdamW b2=0.9")
+        _on_cpu("ResNet-56", 8, base=base, methods=_TUNED)
+        for base in ("momentum", "AdamW", "AdamW (b2=0.9)")
     ),
 )
 _behind = partial(_groups, "muon")
 _MUON = (
     *(
-        _behind(model, 8, optimizer="Muon", treatments=_BEFORE_MUON)
+        _behind(model, 8, base="Muon", methods=_BEFORE_MUON)
         for model in (_PLAIN, "ResNet-56")
     ),
     *(
         _behind(
             model,
             8,
-            optimizer="AdamW b2=0.9",
-            treatments=_TUNED,
-            rates=OPTIMIZERS["AdamW b2=0.9"].rates,
+            base="AdamW (b2=0.9)",
+            methods=_TUNED,
+            rates=BASES["AdamW (b2=0.9)"].rates,
         )
         for model in (_PLAIN, "ResNet-56")
     ),
 )
 _on_batchnorm = partial(
-    _groups, model="ResNet-20", width=8, norm="batch", treatments=_AUTOSCALED
+    _groups, model="ResNet-20", width=8, norm="batch", methods=_AUTOSCALED
 )
 _on_cifar = partial(_groups, "cifar", data="cifar10-jpeg", rates=(0.01,), scored=1000)
 _CIFAR = (
     _on_cifar(
-        "ResNet-20", 8, steps=150, treatments=("none", CONSTANT, PREDICTION, "clip 1")
+        "ResNet-20", 8, steps=150, methods=("none", CONSTANT, PREDICTION, "clip")
     ),
     *(
-        _on_cifar(model, width, steps=60, treatments=("none", CONSTANT))
+        _on_cifar(model, width, steps=60, methods=("none", CONSTANT))
         for model, width in (
             ("ResNet-56", 8),
             ("ResNet-50", 8),
@@ -198,37 +195,17 @@ _on_resnet20 = partial(
     scored=2000,
 )
 _CIFAR_RESNET20 = (
-    _on_resnet20("batch", treatments=("none",), rates=(0.1,)),
+    _on_resnet20("batch", methods=("none",), rates=(0.1,)),
     *(
-        _on_resnet20(optimizer=optimizer, treatments=(*_TUNED, "AGC 0.01"), rates=rates)
-        for optimizer, rates in (
+        _on_resnet20(base=base, methods=(*_TUNED, "AGC"), rates=rates)
+        for base, rates in (
             ("Muon", _RATES_OF_MUON),
             # Alone it is still at chance after 300 steps of 0.001.
             ("momentum", (1e-4, 3e-4, *_FINE)),
-            ("AdamW b2=0.9", RATES["AdamW b2=0.9"]),
+            ("AdamW (b2=0.9)", RATES["AdamW (b2=0.9)"]),
         )
     ),
 )
-# Estimated, in ms a step of 128 images on an H100: ResNet-56 10, VGG-16 6.
-_on_gpu = partial(_groups, data="cifar10-jpeg", batch=128, tuning_steps=400)
-_on_resnet56 = partial(_on_gpu, "gpu-resnet56", "ResNet-56", 16, steps=2000)
-_GPU_RESNET56 = (
-    _on_resnet56(optimizer="Muon", treatments=_TUNED, rates=_RATES_OF_MUON),
-    _on_resnet56("batch", treatments=("none",), rates=(0.1,)),
-)
-_GPU_AUTOSCALED = (
-    _on_gpu(
-        "gpu-autoscaled",
-        model,
-        width,
-        "batch",
-        treatments=_AUTOSCALED,
-        rates=_RATES_WITH_BATCHNORM,
-        steps=1000,
-    )
-    for model, width in (("ResNet-56", 16), ("VGG-16", 64))
-)
-
 PRESETS = {
     "smoke": Preset(
         _groups(
@@ -238,7 +215,7 @@ PRESETS = {
             "batch",
             steps=3,
             scored=20,
-            treatments=("none", PREDICTION, "GradientAutoscaled"),
+            methods=("none", PREDICTION, "autoscaled normalization"),
         ),
         SMOKE,
         "a minute",
@@ -289,23 +266,11 @@ PRESETS = {
         "ResNet-20 at its real width on CIFAR-10 (JPEG), rates chosen on 300 steps",
         workers=2,
     ),
-    "gpu-resnet56": Preset(
-        list(chain(*_GPU_RESNET56)),
-        Protocol((0,), (100, 101, 102)),
-        "7 minutes on an H100: estimated, never run",
-        "ResNet-56 at its real width on CIFAR-10 (JPEG), with Muon",
-    ),
-    "gpu-autoscaled": Preset(
-        list(chain(*_GPU_AUTOSCALED)),
-        Protocol((0,), tuple(range(100, 105))),
-        "7 minutes on an H100: estimated, never run",
-        "Gradient Autoscaled Normalization on ResNet-56 and VGG-16, CIFAR-10 (JPEG)",
-    ),
 }
 
 
 def training(settings: Settings, phase: Phase) -> Training:
-    """Tuning runs are scored on validation images, reported ones on test images."""
+    """Scores tuning runs on validation images and reported runs on test images."""
     data, steps = load(settings["data"]), settings["steps"]
     model = MODELS[settings["model"]](
         width=settings["width"], norm=settings["norm"], num_classes=data.num_classes
@@ -313,7 +278,7 @@ def training(settings: Settings, phase: Phase) -> Training:
     split = "validation" if phase == "tuning" else "test"
     return Training(
         Classifier(on_device(data), model, Recipe.of(data), settings["batch"], steps),
-        Rule.of(settings, warm_up=True),
+        Rule.from_settings(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),
         side_by_side=False,
@@ -321,7 +286,7 @@ def training(settings: Settings, phase: Phase) -> Training:
 
 
 def keep(run: Run, curves: Curves) -> Record:
-    """`error` is the share of wrong images, which the shared code ranks arms by."""
+    """Keeps the accuracy; `error` is the share of wrong images."""
     accuracies = curves.scores["accuracy"].astype(float).round(6)
     accuracy, is_lost = accuracies[-1], not np.isfinite(curves.loss[-1])
     failure = load(run.settings["data"]).failure_accuracy
@@ -333,13 +298,7 @@ def keep(run: Run, curves: Curves) -> Record:
     }
     if run.phase == "tuning":
         return record
-    record["curve"] = curve(curves, 4, accuracy=accuracies, loss=curves.loss)
-    # log10 of the std of the kernels' gradients: least, quartiles, largest.
-    with np.errstate(invalid="ignore"):
-        quartiles = np.quantile(curves.exponents, (0, 0.25, 0.5, 0.75, 1), axis=1).T
-    record["quartiles"] = rounded(quartiles)
-    if run.detailed:
-        record["layers"] = rounded(curves.exponents)
+    record["curve"] = curve(curves, 4, accuracy=accuracies)
     return record
 
 
@@ -349,11 +308,4 @@ SUITE = Suite(
     PRESETS,
     training,
     keep,
-    timed=tuple(
-        tuple(
-            entry.settings
-            for (entry,) in _groups("timing", "ResNet-56", 8, optimizer=optimizer)
-        )
-        for optimizer in ("momentum", "AdamW")
-    ),
 )

@@ -1,1 +1,1 @@
-"""What is trained, and nothing of how."""
+"""Tasks: what is trained, without an optimizer or a loop."""

@@ -1,4 +1,4 @@
-"""What goes wrong with a batch of training; evaluation is always clean."""
+"""Disturbances of a batch of training; evaluation is always clean."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Disturbance(NamedTuple):
     noise: float | jax.Array = 0.0  # std where the inputs' range is 1; in every update
 
     def is_spike(self, update: jax.Array, first: jax.Array) -> jax.Array:
-        """Whether an update is one of those from `first` on; 0: none is."""
+        """Says whether an update is one of those from `first` on; 0: no update is."""
         return (first > 0) & (update >= first) & (update < first + self.updates)
 
     def of_targets(
@@ -33,7 +33,7 @@ class Disturbance(NamedTuple):
         return jnp.where(is_spike & (self.wrong_targets > 0), mixed, targets)
 
     def of_loss(self, is_spike: jax.Array) -> jax.Array:
-        """What the loss f[] is multiplied by."""
+        """Returns the factor f[] of the loss."""
         return jnp.where(is_spike, self.loss_factor, 1.0)
 
     def of_inputs(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.disturbances import Disturbance
 from stablegrad_optax import prediction_grad_std
 
@@ -83,7 +83,7 @@ class Supervised:
         key: jax.Array,
         step: jax.Array,
     ) -> Gradient:
-        """At the disturbed batch of (key, step); not finite where it is so."""
+        """Takes the disturbed batch of (key, step); the gradient may be not finite."""
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
         inputs, targets = self.sample(key_batch, self.batch)
         is_spike = self.disturbance.is_spike(step + 1, self.spike)

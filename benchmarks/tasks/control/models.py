@@ -26,7 +26,7 @@ class Perceptron(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """From observations f[..., features] to logits f[..., actions] and values f[...].
+    """Maps observations f[..., features] to logits f[..., actions] and values f[...].
 
     The policy's last layer starts small, so that all actions start nearly alike.
     """

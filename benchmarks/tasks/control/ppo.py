@@ -1,7 +1,7 @@
 """Proximal policy optimization (arXiv 1707.06347): the advantages and the loss.
 
 The constants are those of CleanRL's `ppo.py` and of PureJaxRL, alike for all
-environments. What both do beside them and is not here: they clip the gradient's norm at
+environments. Both also do what is not done here: they clip the gradient's norm at
 0.5, which is an arm of the suite, and let the rate fall along a line, which is here the
 half cosine of every suite; their Adam's epsilon is 1e-5, here Optax's 1e-8.
 """
@@ -19,7 +19,7 @@ ENTROPY_WEIGHT = 0.01
 
 
 class Experience(NamedTuple):
-    """What was seen and done, and what it was worth; leaves [examples, ...]."""
+    """Observations, actions and their worth; leaves [examples, ...]."""
 
     observations: jax.Array
     actions: jax.Array  # i
@@ -59,7 +59,7 @@ def advantages(
 
 
 def log_prob(logits: jax.Array, actions: jax.Array) -> jax.Array:
-    """Of each action, f[...]; logits f[..., actions]."""
+    """Returns that of each action, f[...]; logits f[..., actions]."""
     every = jax.nn.log_softmax(logits)
     return jnp.take_along_axis(every, actions[..., None], -1)[..., 0]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.control import ppo
 from benchmarks.tasks.control.environments import Environment
 from benchmarks.tasks.control.models import ActorCritic
@@ -18,7 +18,7 @@ STATIC = {"static": True}
 
 
 class State(NamedTuple):
-    """Where a run's copies of the environment are, and what it learns from."""
+    """The states of a run's copies of the environment, and what it learns from."""
 
     environments: PyTree  # of each copy
     observations: jax.Array  # f[copies, features]
@@ -61,7 +61,7 @@ class Ppo:
     def gradient(
         self, params: PyTree, state: State, key: jax.Array, step: jax.Array
     ) -> Gradient:
-        """At the next minibatch of the rollout; (key, step) draws what is random."""
+        """Takes the next minibatch of the rollout; (key, step) draws what is random."""
         key_rollout, key_order = jax.random.split(jax.random.fold_in(key, step))
 
         def collected() -> State:
@@ -89,7 +89,7 @@ class Ppo:
         return Gradient(value, grads, {"prediction": std}, state)
 
     def shuffled(self, state: State, key: jax.Array) -> State:
-        """With its examples in another order."""
+        """Returns its examples in another order."""
         order = jax.random.permutation(key, self.copies * self.horizon)
         experience = jax.tree.map(lambda leaf: leaf[order], state.experience)
         return state._replace(experience=experience)

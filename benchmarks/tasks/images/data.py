@@ -20,7 +20,7 @@ FOLDER = "STABLEGRAD_DATA"  # names the folder of what no package installs
 
 
 class Images(NamedTuple):
-    """Of one split."""
+    """The images of one split."""
 
     pixels: np.ndarray  # u8[n, h, w, c]
     labels: np.ndarray  # i32[n]

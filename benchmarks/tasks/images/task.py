@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.images.data import Data, Images, Split
 from stablegrad_optax import value_and_grad_with_prediction_std
 
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a run carries along."""
+    """The state of a run."""
 
     batch_stats: PyTree  # empty without BatchNorm
     order: jax.Array  # i32[steps, batch], the images of each batch
@@ -102,7 +102,7 @@ class Classifier:
     def gradient(
         self, params: PyTree, state: State, key: jax.Array, step: jax.Array
     ) -> Gradient:
-        """At the images of the step's batch, augmented by (key, step)."""
+        """Takes the images of the step's batch, augmented by (key, step)."""
 
         def predict(params: PyTree, pixels: jax.Array) -> tuple[jax.Array, PyTree]:
             return self.model.apply(

@@ -1,4 +1,4 @@
-"""What is built into a solution: features of the inputs, and conditions met exactly.
+"""Features of the inputs, and conditions that a solution meets exactly.
 
 Both are plain functions of the points, which `derivatives_of` turns into forward
 streams, so that whatever is built in is differentiated by one piece of code.

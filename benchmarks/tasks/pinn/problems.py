@@ -101,7 +101,7 @@ class Problem:
         evaluate: Callable[[jax.Array, SecondOrder | None], Derivatives],
         points: dict[str, jax.Array],
     ) -> dict[str, Derivatives]:
-        """What each term reads of the field behind `evaluate`, at its points."""
+        """Returns what each term reads of the field `evaluate`, at its points."""
         return {
             term.name: evaluate(points[term.name], term.second) for term in self.terms
         }
@@ -109,7 +109,7 @@ class Problem:
     def residuals(
         self, fields: dict[str, Derivatives], points: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """By how much each term is missed, f[...]."""
+        """Returns by how much each term is missed, f[...]."""
         return {
             term.name: term.residual(points[term.name], fields[term.name])
             for term in self.terms

@@ -6,7 +6,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 
-from benchmarks.lib.train import Gradient
+from benchmarks.lib.task import Gradient
 from benchmarks.tasks.pinn.ansatz import Derivatives, SecondOrder
 from benchmarks.tasks.pinn.network import Network, Params
 from benchmarks.tasks.pinn.problems import Problem, relative_l2
@@ -42,7 +42,7 @@ class Pinn:
     def derivatives(
         self, params: Params, points: jax.Array, second: SecondOrder | None
     ) -> Derivatives:
-        """Of the field u that the network stands for, as `Network.derivatives`."""
+        """Returns those of the field u of the network, as `Network.derivatives`."""
         network = self.network.derivatives(params, points, second)
         ansatz = self.problem.ansatz
         return network if ansatz is None else ansatz(points, network, second)
@@ -50,12 +50,12 @@ class Pinn:
     def gradient(
         self, params: Params, state: None, key: jax.Array, step: jax.Array
     ) -> Gradient:
-        """At the points that (key, step) draws."""
+        """Takes the points that (key, step) draws."""
         points = self.problem.sample(jax.random.fold_in(key, step))
         return self.gradient_at(params, points)
 
     def gradient_at(self, params: Params, points: dict[str, jax.Array]) -> Gradient:
-        """By one backward pass in three parts."""
+        """Runs one backward pass in three parts."""
         problem = self.problem
         fields, to_params = jax.vjp(
             lambda params: problem.fields(partial(self.derivatives, params), points),
@@ -83,7 +83,7 @@ class Pinn:
 
 @cache
 def evaluation(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """What the error is taken on: the grid's points, and the solution there."""
+    """Returns the grid's points, and the solution there, for the error."""
     solution = problem.solution(*problem.axes()).astype(np.float32)
     return grid(problem.axes()), solution
 

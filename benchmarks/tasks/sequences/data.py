@@ -61,7 +61,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 
 def _ends(values: np.ndarray) -> tuple[int, int]:
-    """Where training and validation end."""
+    """Returns the ends of training and validation."""
     return round(0.7 * len(values)), round(0.8 * len(values))
 
 

@@ -124,5 +124,5 @@ class Forecaster(nn.Module):
 
 
 def dtype_of(numbers: Numbers) -> Any:
-    """What a model of these numbers computes in; FP4 is simulated in float32."""
+    """Returns the dtype that a model computes in; FP4 is simulated in float32."""
     return jnp.float16 if numbers == "float16" else jnp.float32

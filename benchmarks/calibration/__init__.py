@@ -1,1 +1,0 @@
-"""How often the verdicts of `gradient_report` are wrong, on networks that it trains."""

@@ -1,0 +1,106 @@
+"""Error and failures against the learning rate: two numbers a chain, and a figure."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.lib.optimizers import in_order
+from benchmarks.report import figures
+from benchmarks.report.scores import Problem, Score, Sweeps
+from benchmarks.report.tables import markdown_table, ranged
+
+SUCCESS = 0.9  # the share of the runs of a rate that must not fail
+NEAR = 3.0  # times the lowest median error
+
+
+class Window(NamedTuple):
+    """The rates at which an optimizer trains about as well as it can.
+
+    Attributes:
+        best: The score with the lowest median among the rates at which runs succeed, or
+            among all rates if there is no such rate.
+        lowest: The lowest good rate, or None.
+        highest: The highest good rate.
+    """
+
+    best: Score
+    lowest: float | None
+    highest: float | None
+
+
+def window(by_rate: Mapping[float, Score]) -> Window:
+    """Finds the good rates: enough runs succeed and the median is near the lowest."""
+    enough = {
+        rate: score
+        for rate, score in by_rate.items()
+        if score.num_failed <= (1 - SUCCESS) * score.num_runs + 1e-9
+    }
+    best = min((enough or by_rate).values(), key=lambda score: score.middle)
+    good = [r for r, score in enough.items() if score.middle <= NEAR * best.middle]
+    return Window(best, min(good, default=None), max(good, default=None))
+
+
+def rates_table(column: Mapping[str, Mapping[float, Score]]) -> str:
+    """Returns the lowest error and the window of each optimizer on one problem."""
+    rows = []
+    for name, by_rate in column.items():
+        best, lowest, highest = window(by_rate)
+        form = best.quantity.form
+        is_open = lowest is not None and (
+            lowest == min(by_rate) or highest == max(by_rate)
+        )
+        factor = "none" if lowest is None else f"{highest / lowest:.3g}{'+' * is_open}"
+        rows.append(
+            [
+                name,
+                format(best.middle, form),
+                ranged(best.interval, form),
+                best.failures,
+                f"{best.learning_rate:.1e}",
+                factor,
+            ]
+        )
+    head = [
+        "optimizer",
+        "lowest median error",
+        "95 % interval",
+        "failed runs",
+        "at the learning rate",
+        "window",
+    ]
+    return markdown_table(head, rows)
+
+
+RATES_CAPTION = (
+    "Every optimizer at every learning rate of its set. Window: the factor between the "
+    "lowest and the highest rate at which at least 90 % of the runs succeed and the "
+    "median error is within 3 times the optimizer's lowest; a plus says that it "
+    "reaches an end of the set.\n"
+)
+
+
+def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | None:
+    """Draws error against learning rate, a panel a problem, a line an optimizer.
+
+    A cross marks a rate at which some runs failed.
+    """
+    if not sweeps:
+        return None
+    names = in_order(name for column in sweeps.values() for name in column)
+    figure, axes = figures.panels(len(sweeps), 2.4)
+    for ax, (problem, column) in zip(axes, sweeps.items(), strict=True):
+        for name, by_rate in column.items():
+            style = figures.line(names.index(name))
+            middles = [score.middle for score in by_rate.values()]
+            ax.plot(list(by_rate), middles, **style, marker="o", markersize=3)
+            failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
+            ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=7)
+        ax.set(xscale="log", yscale="log", xlabel="learning rate")
+        ax.set_title(label(problem), fontsize=8)
+        ax.grid(alpha=0.3)
+    for ax in figures.first_column(axes):
+        ax.set_ylabel("median error")
+    figures.legend(figure, {name: place for place, name in enumerate(names)})
+    figure.suptitle("Crosses: some runs failed at this rate", fontsize=10)
+    return figure
