@@ -58,14 +58,11 @@ def soap(
     to the size of each array's gradient, so that gradients from 1e-30 to 1e30 train
     alike.
 
-    The released code adds to the paper's algorithm, and this implementation follows it:
-    The first update sets the bases to the eigenvectors of :math:`L` and :math:`R` and
-    makes no step, so that :math:`n` is the number of updates before. Before each QR
-    decomposition the columns are sorted by :math:`\text{diag}(Q^T L Q)`, and :math:`V`
-    with them. Vectors and scalars have no basis, which leaves plain Adam. An array of
-    more axes has one basis for each axis. Weight decay here is that of
-    :func:`optax.adamw`, which differs from the released code by a term of the order
-    :math:`\eta^2`, and also acts on the first update.
+    As in the released code, the first update sets the bases to the eigenvectors of
+    :math:`L` and :math:`R` and makes no step, so that :math:`n` counts the updates
+    before. The columns are sorted by :math:`\text{diag}(Q^T L Q)` before each QR
+    decomposition. Vectors and scalars have plain Adam, and an array of more axes has
+    one basis for each axis. Weight decay is that of :func:`optax.adamw`.
 
     Args:
       learning_rate: A number or a schedule.
@@ -89,10 +86,8 @@ def soap(
         that it does not name index separate matrices. Default: one basis for each axis.
       relative_eps: ``False`` restores the absolute ``eps`` of the released code.
       normalize_updates: Whether to divide each array's preconditioned update by its
-        root mean square, as ``normalize_grads`` of the released code does. It helps
-        where ``precondition_frequency`` is about 100.
-      precision: Of all matrix products, as in ``jax.numpy.matmul``. Lower precision is
-        faster on an accelerator and makes the bases less orthogonal.
+        root mean square, as ``normalize_grads`` of the released code does.
+      precision: The precision of all matrix products, as in ``jax.numpy.matmul``.
 
     Returns:
       A ``GradientTransformationExtraArgs``.
@@ -171,7 +166,7 @@ def scale_by_soap(
       weight_dimension_numbers: Which axes make the rows and columns of a matrix.
       relative_eps: Whether ``eps`` is relative to the size of the array's gradient.
       normalize_updates: Whether to divide each update by its root mean square.
-      precision: Of all matrix products, as in ``jax.numpy.matmul``.
+      precision: The precision of all matrix products, as in ``jax.numpy.matmul``.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`SoapState`.
