@@ -68,6 +68,17 @@ def test_reports_are_what_the_command_prints(capsys):
     assert all(f"<summary>{title}</summary>" in page for title in gradients.NETWORKS)
 
 
+def test_the_readme_shows_what_the_report_prints(capsys):
+    code, shown = re.search(
+        r"^```python\n([^`]*gradient_report.*?)^```\n\n```text\n(.*?)^```",
+        README.read_text(),
+        re.MULTILINE | re.DOTALL,
+    ).groups()
+    exec(compile(code, "snippet", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert set(shown.splitlines()) - {"  ..."} <= set(printed)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
