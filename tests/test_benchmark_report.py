@@ -1,4 +1,4 @@
-"""What finished runs say: statistics, scores, tables, windows of learning rates."""
+"""Tests what finished runs say: statistics, scores, tables, windows of rates."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def test_wilsons_interval_is_its_formula(failed, runs):
 
 
 def test_the_interval_of_a_median_is_that_of_all_resamples():
-    """Of four seeds all 256 can be counted; 2000 of them are close to that."""
+    """All 256 resamples of four seeds can be counted; 2000 are close to that."""
     values = np.array([0.1, 0.2, 0.4, 0.8])
     medians = [np.median(drawn) for drawn in itertools.product(values, repeat=4)]
     expected = np.quantile(medians, (0.025, 0.975))

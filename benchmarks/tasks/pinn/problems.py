@@ -332,7 +332,7 @@ def _allen_cahn_built_in() -> Problem:
         problem,
         name="allen_cahn, periodic, exact start",
         terms=(replace(equation, sample=drawn, residual=weighted),),
-        embedding=fourier_features(waves, beside=(1,)),
+        embedding=fourier_features(waves, coordinates=(1,)),
         ansatz=Ansatz(start, factor),
     )
 
