@@ -57,8 +57,8 @@ def activation_aware_normal(
     ==========  =================  =================  ==============
 
     gelu, silu and mish preserve the gradient at the fixed point zero alone, which is
-    not stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
-    physics-informed networks from each initializer.
+    not stable, and softplus at none. ``python -m benchmarks run initializers`` trains
+    deep physics-informed networks from each initializer.
 
     Args:
       activation: The activation that *follows* the layer: any elementwise callable,

@@ -102,8 +102,8 @@ def test_the_page_names_what_meets_all_three_criteria():
     table[problem(measured[4])] = {"Adam": score(False, True)}
     del table[problem(measured[6])]
     text = initializers_page.ending(measured, {"cpu": table})
-    assert "| tanh | 8 | Glorot |" in text
-    assert "| sin | 8 | none |" in text
-    assert "| Glorot | 1 | 8 | 2 | 2/2 | 99 | 0/4 | 0.1 | yes |" in text
-    assert "| Glorot | 1 | 8 | 1 | 1/1 | 1 | 1/2 | 0.1 | no |" in text
-    assert "signal" not in text  # which was not trained
+    assert "| tanh | 8 | Glorot | none |" in text
+    assert "| sin | 8 | none | preserve='signal' |" in text
+    assert "| Glorot | 1 | 8 | 2/2 | 99 | 0/4 | 0.1 | yes |" in text
+    assert "| Glorot | 1 | 8 | 1/1 | 1 | 1/2 | 0.1 | no |" in text
+    assert "| preserve='signal' | 1.18 | 8 | 1/1 | 1 | - | - | not trained |" in text

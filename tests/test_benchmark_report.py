@@ -27,7 +27,8 @@ from benchmarks.report.statistics import (
     rank_test,
 )
 from benchmarks.report.tables import overview_table, score_table
-from benchmarks.suites.calibration_page import ending
+from benchmarks.suites.calibration_page import ending, named
+from stablegrad_optax._report_remedies import VERDICTS, remedies
 
 
 def reported(problem, name, *errors, rate=0.1):
@@ -278,3 +279,21 @@ def test_the_calibration_counts_false_alarms_and_misses():
     assert "| the first gradient | 2/4 | 1/2 |" in text
     assert "| the first hundred steps | 1/4 | 1/2 |" in text
     assert "| helped, seen | 1e+00 | inf | 0% | large | exploding start |" in text
+
+
+# What the report's table calls a remedy, and what the calibration does of it; each
+# learning rate is tuned.
+ARMS = {
+    "initializer": "Glorot weights",
+    "eps": "eps=1e-16",
+    "b2": "b2=0.9",
+    "clip": "clip, b2=0.9",
+    "scale control": "StableGrad, b2=0.9",
+}
+
+
+def test_the_calibration_tries_what_the_report_names():
+    for verdict in VERDICTS:
+        arms = [ARMS[r.name] for r in remedies(verdict) if r.name in ARMS]
+        is_quiet = verdict in ("no trouble seen", "dead weights")
+        assert list(named(verdict)) == (list(ARMS.values()) if is_quiet else arms)

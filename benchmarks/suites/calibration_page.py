@@ -16,11 +16,17 @@ from benchmarks.suites.calibration import BASELINE, FAILURE, GLOROT, OWN, REMEDI
 _P_VALUE, _RATIO = 0.05, 1.5
 # Verdicts that see no trouble of scale.
 _QUIET = ("no trouble seen", "dead weights")
-# What the report names for verdicts of large gradients, and for the other verdicts of
-# trouble.
-_LARGE = ("large", "exploding start")
-_FOR_LARGE = ("Glorot weights", "clip, b2=0.9", "StableGrad, b2=0.9")
-_FOR_SMALL = ("Glorot weights", "eps=1e-16", "b2=0.9", "StableGrad, b2=0.9")
+# What the report names for its verdicts of trouble.
+_NAMED = {
+    **dict.fromkeys(
+        ("vanishing", "mostly below Adam's eps", "unbalanced between layers"),
+        ("Glorot weights", "eps=1e-16", "b2=0.9", "StableGrad, b2=0.9"),
+    ),
+    **dict.fromkeys(
+        ("exploding start", "large"),
+        ("Glorot weights", "clip, b2=0.9", "StableGrad, b2=0.9"),
+    ),
+}
 _VERDICTS = {
     "verdict": "the first gradient",
     "verdict_with_history": "the first hundred steps",
@@ -57,18 +63,16 @@ def helps(arms: Arms) -> list[str]:
     ]
 
 
-def _named(verdict: str) -> tuple[str, ...]:
+def named(verdict: str) -> tuple[str, ...]:
     """Returns the remedies that a verdict names; all of them if it sees no trouble."""
-    if verdict in _QUIET:
-        return tuple(REMEDIES)
-    return _FOR_LARGE if verdict in _LARGE else _FOR_SMALL
+    return tuple(REMEDIES) if verdict in _QUIET else _NAMED.get(verdict, ())
 
 
 def _rates(rows: Rows, key: str) -> list[str]:
     counts = Counter(
         (
             measured[key] not in _QUIET,
-            not set(_named(measured[key])).isdisjoint(helps(arms)),
+            not set(named(measured[key])).isdisjoint(helps(arms)),
         )
         for measured, arms in rows
     )

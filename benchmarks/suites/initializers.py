@@ -119,9 +119,11 @@ PRESETS = {
     "activations": Preset(
         [
             group
+            for equation in EQUATIONS
             for depth in (8, 24)
-            for name in ("sin", "gelu", "silu")
-            for group in _groups("activations", (name,), (depth,))
+            for group in _groups(
+                "activations", ("gelu", "silu", "sin"), (depth,), (equation,)
+            )
         ],
         _PROTOCOL,
         "15 minutes on 1 idle core",
