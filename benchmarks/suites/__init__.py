@@ -13,7 +13,15 @@ from benchmarks.lib.suite import Suite
 if TYPE_CHECKING:  # which imports matplotlib
     from benchmarks.report.pages import Page
 
-NAMES = ("pinn", "vision", "spikes", "rl", "calibration", "optimizers")
+NAMES = (
+    "pinn",
+    "initializers",
+    "vision",
+    "spikes",
+    "rl",
+    "calibration",
+    "optimizers",
+)
 
 
 def load(name: str) -> Suite:
