@@ -103,7 +103,8 @@ def gradient_gain(activation: Activation) -> float:
         "activation must have a stable fixed point of the variance at which the layers "
         f"preserve the gradient, for preserve='gradient'; {activation!r} has none. "
         "tanh, sin, relu, leaky_relu, elu and selu have one; gelu, silu, mish and "
-        "softplus have none: use preserve='signal' or Glorot weights for them."
+        "softplus have none: use preserve='signal' for them. The gradient of gelu, "
+        "silu and mish vanishes with Glorot weights in a deep network."
     )
 
 
