@@ -39,13 +39,7 @@ from benchmarks.tasks.pinn.network import (
     _input_streams,
     _product,
 )
-from benchmarks.tasks.pinn.problems import (
-    PROBLEMS,
-    Problem,
-    Term,
-    uniform,
-    uniform_on_ends,
-)
+from benchmarks.tasks.pinn.problems import PROBLEMS
 from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation, failed
 from stablegrad_optax import (
     activation_aware_normal,
@@ -100,73 +94,10 @@ class Options:
     """What is finished; the page goes beside it."""
 
 
-def wave() -> Problem:
-    """u_tt = u_xx on the unit square, u = sin(pi x) cos(pi t)."""
-    domain = ((0.0, 1.0), (0.0, 1.0))
-
-    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
-        return u.second[0]
-
-    def initial(points: jax.Array, u: Derivatives) -> jax.Array:
-        return jnp.stack([u.value - jnp.sin(jnp.pi * points[..., 0]), u.gradient[1]])
-
-    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        return np.outer(np.sin(np.pi * x), np.cos(np.pi * t))
-
-    return Problem(
-        name="wave",
-        equation="u_tt = u_xx, u(x, 0) = sin(pi x), u_t(x, 0) = 0",
-        inputs=("x", "t"),
-        domain=domain,
-        terms=(
-            Term("equation", 1.0, uniform(domain, 64), ((-1.0, 1.0),), residual),
-            Term(
-                "boundary",
-                100.0,
-                uniform_on_ends(domain, 32, (0,)),
-                None,
-                lambda _, u: u.value,
-            ),
-            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), (), initial),
-        ),
-        solution=solution,
-        grid_shape=(51, 51),
-    )
-
-
-def reaction_diffusion() -> Problem:
-    """Fisher's equation u_t = 0.01 u_xx + 4 u (1 - u) with its travelling front."""
-    domain, diffusion, rate = ((-1.0, 1.0), (0.0, 1.0)), 0.01, 4.0
-
-    def front(x: Any, t: Any) -> Any:
-        exponent = (rate / diffusion / 6) ** 0.5 * x - 5 / 6 * rate * t
-        return (1 + jnp.exp(exponent)) ** -2.0
-
-    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
-        return u.gradient[1] - diffusion * u.second[0] - rate * u.value * (1 - u.value)
-
-    def known(points: jax.Array, u: Derivatives) -> jax.Array:
-        return u.value - front(points[..., 0], points[..., 1])
-
-    return Problem(
-        name="reaction-diffusion",
-        equation="u_t = 0.01 u_xx + 4 u (1 - u)",
-        inputs=("x", "t"),
-        domain=domain,
-        terms=(
-            Term("equation", 1.0, uniform(domain, 64), ((1.0, 0.0),), residual),
-            Term("boundary", 100.0, uniform_on_ends(domain, 32, (0,)), None, known),
-            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, known),
-        ),
-        solution=lambda x, t: np.asarray(front(x[:, None], t)),
-        grid_shape=(101, 51),
-    )
-
-
 EQUATIONS = {
     "Poisson": PROBLEMS["poisson"],
-    "wave": wave,
-    "reaction-diffusion": reaction_diffusion,
+    "wave": PROBLEMS["wave"],
+    "reaction-diffusion": PROBLEMS["reaction_diffusion"],
 }
 
 

@@ -46,7 +46,7 @@ def test_optimizers_make_a_finite_first_step(name):
     one, two = first_updates(name, 0.3, 0.6)
     for update in jax.tree.leaves(one):
         assert jnp.isfinite(update).all()
-        assert update.any() or optimizer.base == "SOAP"  # which looks first
+        assert update.any() or optimizer.base.startswith("SOAP")  # which looks
     ratio = 2.0 if any(probe in name for probe in PROBES) else 1.0
     close(two["kernel"], ratio * one["kernel"])
 
@@ -102,6 +102,35 @@ def test_muon_has_the_kernels_and_adam_the_rest():
     muon = contrib.muon(1e-3)
     expected, _ = muon.update(matrix, muon.init(matrix), matrix)
     close(found["kernel"].reshape(18, 4), expected["kernel"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_range_safe_muon_is_muon_at_any_scale_of_the_kernels(scale):
+    """Muon at scale one is the reference, in the first step and after 120.
+
+    The bias corrections, which the range-safe form leaves out, differ by 0.95^120, or
+    0.2 %, of the momentum then. The iteration that follows amplifies small singular
+    values 500 times, to a few per mille of the largest entry.
+    """
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 2, 4), "bias": (3,)}
+    tx, safe = (Optimizer.named(n)(lambda _: 0.1) for n in ("Muon", "range-safe Muon"))
+    state = tx.init({name: jnp.ones(shape) for name, shape in shapes.items()})
+    safe_state = safe.init({name: jnp.ones(shape) for name, shape in shapes.items()})
+    update, safe_update = jax.jit(tx.update), jax.jit(safe.update)
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    for step in range(120):
+        grads = {
+            name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+        scaled = {**grads, "kernel": scale * grads["kernel"]}
+        expected, state = update(grads, state, params)
+        found, safe_state = safe_update(scaled, safe_state, params)
+        if step in (0, 119):
+            close(found["bias"], expected["bias"])
+            close(found["kernel"], expected["kernel"], rtol=5e-3, atol=5e-4)
+            assert abs(found["kernel"]).max() > 0.01
 
 
 def test_names_come_in_the_order_of_the_lists():

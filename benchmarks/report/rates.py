@@ -1,5 +1,6 @@
 """Error and failures against the learning rate: two numbers a chain, and a figure."""
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -103,4 +104,39 @@ def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | No
         ax.set_ylabel("median error")
     figures.legend(figure, {name: place for place, name in enumerate(names)})
     figure.suptitle("Crosses: some runs failed at this rate", fontsize=10)
+    return figure
+
+
+def rates_by_base_figure(
+    sweeps: Sweeps, label: Callable[[Problem], str]
+) -> Figure | None:
+    """Draws error against learning rate, a panel for each problem and base.
+
+    Bands are 95 % intervals of the median. A cross marks a rate at which some runs
+    failed.
+    """
+    panels: dict[tuple[Problem, str], dict[str, Mapping[float, Score]]] = {}
+    for problem, column in sweeps.items():
+        for name, by_rate in column.items():
+            base, line = figures.base_and_line(name)
+            panels.setdefault((problem, base), {})[line] = by_rate
+    if not panels:
+        return None
+    figure, axes = figures.panels(len(panels), 2.2, sharey=True)
+    for ax, ((problem, base), lines) in zip(axes, panels.items(), strict=True):
+        for line, by_rate in lines.items():
+            style, rates = figures.style(line), list(by_rate)
+            middles = [score.middle for score in by_rate.values()]
+            ends = zip(*(score.interval for score in by_rate.values()), strict=True)
+            ax.fill_between(rates, *ends, color=style["color"], alpha=0.12, linewidth=0)
+            ax.plot(rates, middles, **style, linewidth=1.2)
+            failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
+            ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=5)
+        ax.set(xscale="log", yscale="log", xlabel="learning rate")
+        ax.set_title(f"{textwrap.fill(label(problem), 36)}\n{base}", fontsize=8)
+        ax.grid(alpha=0.3)
+    for ax in figures.first_column(axes):
+        ax.set_ylabel("median error")
+    figures.legend_below(figure, (line for lines in panels.values() for line in lines))
+    figure.suptitle("Crosses: some runs failed; bands: 95 % intervals", fontsize=10)
     return figure

@@ -373,6 +373,62 @@ def _wave() -> Problem:
     )
 
 
+def _plain_wave() -> Problem:
+    """u_tt = u_xx on the unit square, u = sin(pi x) cos(pi t)."""
+
+    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
+        return u.second[0]
+
+    def initial(points: jax.Array, u: Derivatives) -> jax.Array:
+        return jnp.stack([u.value - jnp.sin(jnp.pi * points[..., 0]), u.gradient[1]])
+
+    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.outer(np.sin(np.pi * x), np.cos(np.pi * t))
+
+    start = uniform((_UNIT[0], (0.0, 0.0)), 32)
+    return Problem(
+        name="wave",
+        equation="u_tt = u_xx, u(x, 0) = sin(pi x), u_t(x, 0) = 0",
+        inputs=("x", "t"),
+        domain=_UNIT,
+        terms=(
+            Term("equation", 1.0, uniform(_UNIT, 64), ((-1.0, 1.0),), residual),
+            Term("boundary", 100.0, uniform_on_ends(_UNIT, 32, (0,)), None, _vanishes),
+            Term("initial", 100.0, start, (), initial),
+        ),
+        solution=solution,
+        grid_shape=(51, 51),
+    )
+
+
+def _reaction_diffusion() -> Problem:
+    """Fisher's equation u_t = 0.01 u_xx + 4 u (1 - u) with its travelling front."""
+    domain, diffusion, rate = ((-1.0, 1.0), (0.0, 1.0)), 0.01, 4.0
+
+    def front(x: ArrayLike, t: ArrayLike, exp: Callable = jnp.exp) -> ArrayLike:
+        return (1 + exp((rate / diffusion / 6) ** 0.5 * x - 5 / 6 * rate * t)) ** -2.0
+
+    def residual(_: jax.Array, u: Derivatives) -> jax.Array:
+        return u.gradient[1] - diffusion * u.second[0] - rate * u.value * (1 - u.value)
+
+    def known(points: jax.Array, u: Derivatives) -> jax.Array:
+        return u.value - front(points[..., 0], points[..., 1])
+
+    return Problem(
+        name="reaction_diffusion",
+        equation="u_t = 0.01 u_xx + 4 u (1 - u)",
+        inputs=("x", "t"),
+        domain=domain,
+        terms=(
+            Term("equation", 1.0, uniform(domain, 64), ((1.0, 0.0),), residual),
+            Term("boundary", 100.0, uniform_on_ends(domain, 32, (0,)), None, known),
+            Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, known),
+        ),
+        solution=lambda x, t: front(x[:, None], t, np.exp),
+        grid_shape=(101, 51),
+    )
+
+
 _UNIT: tuple[Interval, Interval] = ((0.0, 1.0), (0.0, 1.0))
 _SYMMETRIC: tuple[Interval, Interval] = ((-1.0, 1.0), (-1.0, 1.0))
 
@@ -396,6 +452,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "helmholtz_4_4": partial(_helmholtz_4_4, "helmholtz_4_4"),
     "burgers": partial(_burgers, "burgers"),
     "allen_cahn": _allen_cahn,
+    "wave": _plain_wave,
+    "reaction_diffusion": _reaction_diffusion,
     # The same loss in another unit.
     "poisson, loss times 1e-8": partial(_poisson_times, "1e-8"),
     "poisson, loss times 1e-4": partial(_poisson_times, "1e-4"),
