@@ -137,7 +137,7 @@ PRESETS = {
         _curves(
             "smoke",
             [_problem("poisson", "uniform", 2, width=8, steps=5)],
-            ("range-safe Muon", "SOAP (eps=1e-16)"),
+            ("range-safe Muon", "AdamW (b2=0.9, eps=1e-16)"),
         ),
         Protocol((), (100, 101, 102), None),
         "seconds",
