@@ -5,7 +5,7 @@ from stablegrad_optax._autoscaled import (
     gradient_autoscaled_normalization,
 )
 from stablegrad_optax._compare import compare_optimizers
-from stablegrad_optax._comparison import Comparison, OptimizerRuns
+from stablegrad_optax._comparison import Comparison
 from stablegrad_optax._diagnostics import scale_factors
 from stablegrad_optax._health import health
 from stablegrad_optax._history import ClipByHistoryState, clip_by_history
@@ -25,6 +25,9 @@ from stablegrad_optax._report import gradient_report
 from stablegrad_optax._report_history import History
 from stablegrad_optax._report_measure import LeafReport
 from stablegrad_optax._report_verdict import GradientReport
+from stablegrad_optax._runs import OptimizerRuns
+from stablegrad_optax._soap import scale_by_soap, soap
+from stablegrad_optax._soap_update import SoapState
 from stablegrad_optax._spikes import SkipSpikesState, skip_spikes
 from stablegrad_optax._stabilizer import (
     GradientStabilizerState,
@@ -43,6 +46,7 @@ __all__ = [
     "NormalizeByLeafNormState",
     "OptimizerRuns",
     "SkipSpikesState",
+    "SoapState",
     "StableGradState",
     "activation_aware_normal",
     "clip_by_history",
@@ -56,8 +60,10 @@ __all__ = [
     "layer_norms",
     "normalize_by_leaf_norm",
     "prediction_grad_std",
+    "scale_by_soap",
     "scale_factors",
     "skip_spikes",
+    "soap",
     "stablegrad",
     "value_and_grad_with_prediction_std",
 ]

@@ -27,8 +27,8 @@ class GradientAutoscaledNormalizationState(NamedTuple):
 
     grad_std: jax.Array  # f[], the global standard deviation of the last update
     exponent: jax.Array  # f[], 0 until it is fixed
-    scale_factors: jax.Array  # f[slices], alpha for each, 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    scale_factors: jax.Array  # f[slices], alpha of each, 1 before the first update
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
 
 
 @renamed(stacked_axes="num_stacked_axes")
@@ -52,9 +52,10 @@ def gradient_autoscaled_normalization(
     hyperbolic tangent. So :math:`0 < \alpha_t \le 1`, and at the first step
     :math:`\alpha_1 = \max(f(\sigma_1), 1/e)`.
 
-    That layer means are removed, and that one function of the global deviation scales
-    all weights, is the published rule. The formulas of f and p, and the choice of
-    weights, are our reading, because the paper's text was not available to us.
+    The published rule removes the mean of each layer and scales all weights by one
+    function of the global deviation. The formulas of f and p, and the choice of
+    weights, are choices of this package, because the paper's full text was not
+    available to this project.
 
     A weight is a floating array with at least two axes and two elements whose own name
     is not ``bias``. Other arrays stay as they are. The first update whose
@@ -165,9 +166,9 @@ def gradient_autoscaled_normalization(
 def _pool(
     deviations: jax.Array, leaves: Sequence[_leaves.Leaf]
 ) -> tuple[jax.Array, jax.Array]:
-    """The std of all centred entries of finite slices, and whether all slices are."""
+    """Returns the std of all centred finite slices, and whether all are finite."""
     finite = jnp.isfinite(deviations)
-    sizes = _statistics.per_slice(leaves, lambda leaf: leaf.slice_size, float)
+    sizes = _slices.per_slice(leaves, lambda leaf: leaf.slice_size, float)
     shares = jnp.where(finite, sizes / max(sizes.sum(), 1), 0).astype(deviations.dtype)
     total = shares.sum()
     shares = shares / jnp.where(total == 0, 1, total)
@@ -181,7 +182,7 @@ def _alpha(
     exponent: float | jax.Array | None,
     fixed: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The factor of this step, and the exponent that it holds for the later ones."""
+    """Returns the factor of this step, and the exponent for the later steps."""
     dtype = std.dtype
     nothing = std == 0
     value = transform(jnp.where(nothing, 1, std))

@@ -1,4 +1,4 @@
-"""Checks of arguments: the name, what was given, what is allowed."""
+"""Checks of arguments, with errors that name the argument, its value and its range."""
 
 import functools
 import inspect
@@ -71,7 +71,7 @@ def require_number(
 
 
 def require_scalar(name: str, value: Any) -> jax.Array:
-    """The value as a real array without axes, or a ``ValueError``."""
+    """Returns the value as a real array without axes, or raises a ``ValueError``."""
     if isinstance(value, numbers.Real):
         require_number(name, value, at_least=0)
     try:

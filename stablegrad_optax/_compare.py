@@ -8,12 +8,7 @@ import jax
 import numpy as np
 
 from stablegrad_optax._checks import require_count, require_number
-from stablegrad_optax._comparison import (
-    Comparison,
-    OptimizerRuns,
-    compare,
-    few_seeds,
-)
+from stablegrad_optax._comparison import Comparison, compare, few_seeds
 from stablegrad_optax._optimizers import (
     Factory,
     Rates,
@@ -23,6 +18,7 @@ from stablegrad_optax._optimizers import (
 )
 from stablegrad_optax._progress import Progress
 from stablegrad_optax._ranking import choose_rate, fewest_seeds
+from stablegrad_optax._runs import OptimizerRuns
 from stablegrad_optax._training import Trainer
 from stablegrad_optax._trials import Problem, Programs
 

@@ -13,28 +13,29 @@ from stablegrad_optax._leaves import describe
 def scale_factors(
     opt_state: optax.OptState, params: optax.Params
 ) -> dict[str, float | np.ndarray]:
-    """Reads the factor by which the last update multiplied each leaf.
+    """Reads the factor by which the last update multiplied each array.
 
-    Reads the states of this package's methods wherever they stand in an optimizer's
-    state (chains, ``optax.masked``, ``optax.MultiSteps``, ``nnx.Optimizer`` ...). With
-    several methods in a chain it is the product of their factors; hand over a part of
-    the state for one method alone. Call it outside ``jit``, on the state that a step
-    returned.
+    The states of this package's transformations are found anywhere in an optimizer's
+    state, such as in a chain, ``optax.masked``, ``optax.MultiSteps`` or
+    ``nnx.Optimizer``. The factor is the product over all transformations of a chain;
+    pass a part of the state to read one of them alone. Call the function outside
+    ``jit``, on the state that a step returned.
 
     Args:
-      opt_state: The state of an optimizer, or of ``jax.lax.scan``'s stacked states.
-      params: The parameters that ``init`` was given: they carry the names.
+      opt_state: The state of an optimizer, or stacked states as ``jax.lax.scan``
+        returns them.
+      params: The parameters that ``init`` was given. They carry the names.
 
     Returns:
-      ``{"path/to/kernel": factor}``, one entry for each leaf that was scaled, those
-      that follow a weight included, in the order of the tree; ``{}`` if there was none
-      to scale. Leaves that would share a name have their full path. A stacked leaf's
-      entry is an array f[slices]; if the states carry further leading axes (steps of a
-      scan, members of a population) these come first, f[steps] or f[steps, slices].
+      ``{"path/to/kernel": factor}`` with an entry for each array that was scaled, in
+      the order of the tree. Arrays that would share a name have their full path. The
+      entry of an array that stacks layers is f[slices]. Leading axes of the states,
+      such as the steps of a scan or the members of a population, come first: f[steps]
+      or f[steps, slices].
 
     Raises:
-      ValueError: If ``opt_state`` holds no state of this package's methods, if its
-        leaves are not those of ``params``, or inside ``jit``.
+      ValueError: If ``opt_state`` holds no state of this package's transformations, if
+        its arrays are not those of ``params``, or inside ``jit``.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -87,15 +88,16 @@ def scale_factors(
 
 
 def states(opt_state: Any) -> Iterator[Any]:
-    """Yields the states of this package's methods in their order, wrapped ones too."""
+    """Yields the states of this package's transformations, outer ones first."""
     for node in jax.tree.leaves(opt_state, is_leaf=_is_own):
         if _is_own(node):
             yield node
-            for field in node:  # a wrapper holds the state of what it wraps
+            for field in node:  # may hold the state of an inner transformation
                 yield from states(field)
 
 
 def has_scale_factors(state: object) -> bool:
+    """Tells whether a state is one of this package with a factor per slice."""
     return hasattr(state, "leaf_ids") and hasattr(state, "scale_factors")
 
 
@@ -106,7 +108,7 @@ def _is_own(node: object) -> bool:
 def skips_inside_accumulation(opt_state: Any) -> bool:
     """Tells whether ``optax.MultiSteps`` keeps a NaN that ``skip_spikes`` would skip.
 
-    The state of ``should_skip_update_fn`` is empty where there is no such function.
+    ``MultiSteps`` without a ``should_skip_update_fn`` has an empty ``skip_state``.
     """
 
     def accumulates(node: object) -> bool:
@@ -121,7 +123,7 @@ def skips_inside_accumulation(opt_state: Any) -> bool:
 
 
 def leaf_ids(state: Any) -> np.ndarray:
-    """Returns the ids u32[slices] of a state, or of its first step or member."""
+    """Returns the ids u32[slices] of a state, of its first step if it has several."""
     ids = read(state.leaf_ids)
     return ids.reshape(-1, ids.shape[-1])[0] if ids.size else ids.reshape(-1)
 
@@ -137,7 +139,7 @@ def one_step(array: np.ndarray) -> np.ndarray:
 
 
 def read(field: jax.Array) -> np.ndarray:
-    """Returns the values of an array of a state, which nnx puts in a box."""
+    """Returns the values of a state's array, which may be in a box of nnx."""
     (array,) = jax.tree.leaves(field)
     try:
         return np.asarray(array)

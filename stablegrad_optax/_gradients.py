@@ -1,4 +1,4 @@
-"""The gradients of one update: which arrays are scaled, what is measured, the scaling.
+"""The gradients of one update: their selection, their statistics and their scaling.
 
 A *weight* is a leaf whose own statistic is measured. A *follower* is a leaf that takes
 the factor of the weights under its own parent node.
@@ -27,11 +27,11 @@ from stablegrad_optax._numerics import widest_statistics_dtype
 
 
 class Layout(NamedTuple):
-    """Which leaves are scaled, and by the statistics of which weights."""
+    """Holds the leaves that are scaled, and the weights whose statistics scale them."""
 
-    leaves: tuple[Leaf, ...]  # all that the mask lets through
+    leaves: tuple[Leaf, ...]  # all leaves that the mask selects
     weights: tuple[Leaf, ...]
-    # The weights that each scaled leaf is scaled by: itself, or those it follows.
+    # The weights whose spread scales a leaf: the leaf itself, or those that it follows.
     sources: dict[Leaf, tuple[Leaf, ...]]
 
     @property
@@ -42,14 +42,14 @@ class Layout(NamedTuple):
     @property
     def leaf_ids(self) -> npt.NDArray[np.uint32]:
         """The id of the leaf that each scaled slice belongs to."""
-        return _statistics.per_slice(self.scaled, lambda leaf: leaf.id, np.uint32)
+        return _slices.per_slice(self.scaled, lambda leaf: leaf.id, np.uint32)
 
     def zeros(self) -> jax.Array:
-        """A statistic of every scaled slice, f[slices], before the first update."""
+        """Returns the statistic f[slices] of every scaled slice before any update."""
         return jnp.zeros(len(self.leaf_ids), self.dtype)
 
     def ones(self) -> jax.Array:
-        """The factor of every scaled slice, f[slices], before the first update."""
+        """Returns the factor f[slices] of every scaled slice before any update."""
         return jnp.ones(len(self.leaf_ids), self.dtype)
 
     @property
@@ -65,7 +65,7 @@ def lay_out(
     num_stacked_axes: NumStackedAxes | None = None,
     default: Callable[[Leaf], bool] = has_gradient,
 ) -> Layout:
-    """Lays out a tree whose leaves, those of the rule ``default``, are all weights."""
+    """Lays out a tree in which all leaves that satisfy ``default`` are weights."""
     leaves = _visible(tree, mask, num_stacked_axes)
     weights = tuple(filter(default, leaves))
     return Layout(leaves, weights, {leaf: (leaf,) for leaf in weights})
@@ -79,7 +79,7 @@ def lay_out_with_followers(
     weights: Selection | None,
     scale_biases: bool,
 ) -> Layout:
-    """Lays out a tree whose other leaves follow the weights of their parent node."""
+    """Lays out a tree in which other leaves follow the weights of their parent node."""
     leaves = _visible(tree, mask, num_stacked_axes)
     selected = set(select_weights(weights, tree, describe(tree, num_stacked_axes)))
     siblings: dict[tuple[str, ...], tuple[Leaf, ...]] = {}
@@ -103,7 +103,7 @@ def _visible(
 
 
 class Gradients(NamedTuple):
-    """The gradients that ``update`` was given.
+    """Holds the gradients that ``update`` was given.
 
     A statistic is a vector f[slices] in the dtype of the state.
     """
@@ -113,21 +113,21 @@ class Gradients(NamedTuple):
     dtype: Any
 
     def arrays(self) -> list[jax.Array]:
-        """The gradients of the weights."""
+        """Returns the gradients of the weights."""
         return _slices.take(self.tree, self.layout.weights)
 
     def norms(self) -> jax.Array:
-        """The Euclidean norm of every slice of the weights."""
+        """Computes the Euclidean norm of every slice of the weights."""
         norms = _statistics.norms(self.arrays(), self.layout.weights)
         return norms.astype(self.dtype)
 
     def spreads(self) -> jax.Array:
-        """The spread of every scaled slice: its own, or that of what it follows."""
+        """Computes the spread of every scaled slice; followers take their weights'."""
         spreads = _statistics.spreads(self.arrays(), self.layout.weights)
         return _share(spreads.astype(self.dtype), self.layout)
 
     def multiply(self, factors: jax.Array) -> PyTree:
-        """The tree, with every scaled slice times its factor."""
+        """Multiplies every scaled slice of the tree by its factor."""
         return _slices.multiply(self.tree, self.layout.scaled, factors)
 
 
@@ -141,11 +141,25 @@ def receive(
 
     Args:
       updates: The gradients.
-      lay_out: What ``init`` laid out the parameters with.
+      lay_out: The function with which ``init`` laid out the parameters.
       state: The state of the transformation, with ``scale_factors`` and ``leaf_ids``.
-      params: The parameters if ``update`` was given them: shapes are compared.
+      params: The parameters, if ``update`` was given them.
     """
     layout = lay_out(updates)
+    require_gradients(layout, state.leaf_ids, params)
+    return Gradients(updates, layout, state.scale_factors.dtype)
+
+
+def require_gradients(
+    layout: Layout, leaf_ids: jax.Array, params: PyTree | None
+) -> None:
+    """Raises for gradients that are integers, or of other leaves than the state's.
+
+    Args:
+      layout: The layout of the gradients.
+      leaf_ids: The ids that the state has kept since ``init``.
+      params: The parameters, if ``update`` was given them: shapes are compared.
+    """
     for leaf in layout.leaves:
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool:
             raise ValueError(
@@ -154,8 +168,7 @@ def receive(
             )
     if params is not None:
         _require_shapes(layout, params)
-    _require_ids(layout, state.leaf_ids)
-    return Gradients(updates, layout, state.scale_factors.dtype)
+    _require_ids(layout, leaf_ids)
 
 
 def _require_shapes(layout: Layout, params: PyTree) -> None:
@@ -169,7 +182,7 @@ def _require_shapes(layout: Layout, params: PyTree) -> None:
 
 
 def _require_ids(layout: Layout, leaf_ids: jax.Array) -> None:
-    """Compares the number of slices and, outside ``jit``, the leaves they belong to."""
+    """Compares the number of slices and, outside ``jit``, the leaves of the slices."""
     given, expected = layout.leaf_ids, leaf_ids.size
     differ = np.zeros(0, bool)
     is_traced = isinstance(leaf_ids, jax.core.Tracer)
@@ -195,14 +208,15 @@ def _refuse(difference: str) -> NoReturn:
 
 
 def _share(spreads: jax.Array, layout: Layout) -> jax.Array:
-    """Takes f[slices] of the weights to f[slices] of all scaled leaves.
+    """Maps the spreads f[slices] of the weights to those of all scaled leaves.
 
-    A follower of several weights has their pooled spread: slice by slice of those that
-    are stacked like it, and of the others the whole.
+    A follower of several weights has their pooled spread. From a weight with the same
+    stacked axes each slice takes the spread of one slice, and from any other weight it
+    takes the spreads of all slices.
     """
     places = dict(zip(layout.weights, _slices.places(layout.weights), strict=True))
     vectors, num_values = [spreads], spreads.size
-    indices: dict[tuple[Any, ...], _slices.Indices] = {}  # into all vectors
+    indices: dict[tuple[Any, ...], _slices.Indices] = {}  # into the joined vectors
     for leaf, sources in layout.sources.items():
         if (sources, leaf.stack) in indices:
             continue

@@ -25,49 +25,50 @@ from stablegrad_optax._spikes import SkipSpikesState
 def health(
     opt_state: optax.OptState, params: optax.Params | None = None
 ) -> dict[str, float | str]:
-    """Reads what the methods did in the last step, as a flat dict for a logger.
+    """Reads what the transformations did in the last step, for any logger.
 
-    It reads the states that stand in an optimizer's state, a few numbers per leaf, and
-    needs no further pass over the gradient. Call it outside ``jit``, on the state that
-    a step returned, as often as you log.
+    The function reads the states of this package in an optimizer's state, which are a
+    few numbers per array, and not the gradient. Call it outside ``jit``, on the state
+    that a step returned, as often as you log.
 
     Args:
       opt_state: The state of an optimizer.
-      params: The parameters that ``init`` was given. With them each leaf's factor has
+      params: The parameters that ``init`` was given. With them, each array's factor has
         an entry.
 
     Returns:
-      Python floats, and one name. Those that the state knows:
+      A dict of Python floats, and one name, with the entries that the states know:
 
       =======================  ====================================================
       key                      value
       =======================  ====================================================
-      scale_factor/min, /max   the smallest and the largest factor of a leaf
-      scale_factor/<leaf>      the factor of each scaled leaf, the product over
-                               several methods; the name of a stacked leaf ends in
-                               ``[0]`` and so on, and a leaf called ``min`` or
-                               ``max`` is written ``['min']``
-      smallest_scale_factor    with ``params``, the name of the leaf that has it
-      nonfinite_leaves         how many leaves had a spread that is not finite, in at
-                               least one slice; a bias that follows a weight has the
-                               spread of the weight. Not known of
-                               ``gradient_autoscaled_normalization``
+      scale_factor/min, /max   the smallest and the largest factor of an array
+      scale_factor/<array>     the factor of each scaled array, the product over all
+                               transformations. The name of a stacked array ends in
+                               ``[0]`` and so on. An array called ``min`` or ``max``
+                               is written ``['min']``
+      smallest_scale_factor    with ``params``, the name of the array that has it
+      nonfinite_leaves         the number of arrays whose spread is not finite in some
+                               slice. A bias has the spread of the weight that it
+                               follows. ``gradient_autoscaled_normalization`` does not
+                               count them
       reference_std            the reference of ``stablegrad``, the largest of several
-      limited_leaves           how many leaves ``clip_by_history`` clipped, in at
-                               least one slice
-      num_leaves               how many leaves ``clip_by_history`` may clip
-      skipped_steps            how many steps ``skip_spikes`` has skipped in all
-      skipped_in_a_row         how many of them since the last step that was taken
-      last_skipped             1 if ``skip_spikes`` skipped the last step, 0 if not.
-                               At 1, the entries of what it wraps are those of the
-                               last step that was taken
-      last_deviation           of the last step, in running deviations, the largest of
-                               several; infinite if it was not finite
+      limited_leaves           the number of arrays that ``clip_by_history`` clipped
+                               in some slice
+      num_leaves               the number of arrays that ``clip_by_history`` may clip
+      skipped_steps            the number of steps that ``skip_spikes`` skipped
+      skipped_in_a_row         the number of those since the last step that was taken
+      last_skipped             1 if ``skip_spikes`` skipped the last step, otherwise
+                               0. After a skipped step, the entries of the inner
+                               transformation are those of the last step taken
+      last_deviation           the distance of the last step from the mean, in
+                               deviations, the largest of several; infinite if the
+                               step was not finite
       =======================  ====================================================
 
     Raises:
-      ValueError: If ``opt_state`` holds no state of this package; for states of several
-        steps or members; inside ``jit``.
+      ValueError: If ``opt_state`` holds no state of this package or states of several
+        steps or members, or inside ``jit``.
 
     Warns:
       UserWarning: If ``optax.MultiSteps`` wraps ``skip_spikes`` and would keep a NaN.
@@ -107,8 +108,8 @@ def health(
     if any(map(has_scale_factors, own)):
         values |= _factor_entries(opt_state, params, own)
     for reading in _READINGS:
-        found = [reading.read(state) for state in own if reading.applies(state)]
-        known = [value for value in found if value is not None]
+        values_read = [reading.read(x) for x in own if reading.applies(x)]
+        known = [value for value in values_read if value is not None]
         if known:
             values[reading.name] = functools.reduce(reading.join, known)
     return values
@@ -151,18 +152,18 @@ def _ends(factors: list[float]) -> dict[str, float | str]:
 
 
 class _Reading(NamedTuple):
-    """One entry of :func:`health`."""
+    """Describes one entry of :func:`health`."""
 
     name: str
-    applies: Callable[[Any], bool]  # to a state
-    read: Callable[[Any], float | None]  # from it, None if it does not know
-    join: Callable[[float, float], float]  # what several states say
+    applies: Callable[[Any], bool]  # whether a state has the entry
+    read: Callable[[Any], float | None]  # the value of a state, None if unknown
+    join: Callable[[float, float], float]  # joins the values of two states
 
 
 def _nonfinite_leaves(state: Any) -> float | None:
     spreads = read(state.grad_std)
     if spreads.ndim < read(state.leaf_ids).ndim:
-        return None  # one spread of all finite leaves
+        return None  # the state has one spread for all finite leaves
     return float(len(np.unique(leaf_ids(state)[~np.isfinite(spreads)])))
 
 

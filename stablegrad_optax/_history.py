@@ -13,17 +13,17 @@ from stablegrad_optax._numerics import divide, newest_share, weighted_mean
 
 
 class ClipByHistoryState(NamedTuple):
-    """State of :func:`clip_by_history`: one vector per statistic.
+    """State of :func:`clip_by_history`.
 
     A vector has one entry per slice of each chosen leaf, in the order of the tree;
     floats are float32, or float64 where the tree holds double precision leaves. Read
     the factors with :func:`scale_factors`.
     """
 
-    norm_mean: jax.Array  # f[slices], of clipped norms, 0 before the first
-    num_steps: jax.Array  # i32[], how many updates had a norm
+    norm_mean: jax.Array  # f[slices], mean of the clipped norms, 0 before the first
+    num_steps: jax.Array  # i32[], the number of updates with a finite non-zero norm
     scale_factors: jax.Array  # f[slices], 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
 
 
 @renamed(stacked_axes="num_stacked_axes")
@@ -128,14 +128,14 @@ def clip_by_history(
         norm = grads.norms()
         accepted = jnp.isfinite(norm) & (norm > 0)
         norm = jnp.where(accepted, norm, 0)
-        # lambda m, and the first norm as it comes.
+        # The limit is lambda m, and the first norm has no limit.
         limit = jnp.asarray(max_ratio, norm.dtype) * mean
         limit = jnp.where(mean == 0, norm, limit)
         warmup = _shrink(_statistics.global_norm(norm), warmup_norm)
         is_warmup = state.num_steps < warmup_steps
         factors = jnp.where(is_warmup, warmup, _shrink(norm, limit))
         factors = jnp.where(accepted, factors, 1)
-        # min(norm, limit) has digits where the product with a tiny factor has none.
+        # min(norm, limit) keeps its digits, but a product with a tiny factor would not.
         clipped = jnp.where(is_warmup, norm * warmup, jnp.minimum(norm, limit))
         new_mean = weighted_mean(mean, clipped, newest_share(decay, norm.dtype))
         new_mean = jnp.where(is_warmup, jnp.minimum(mean, clipped), new_mean)

@@ -1,4 +1,4 @@
-"""New weights for a network that is made already, of any framework."""
+"""New weights for a network of any framework that was initialized before."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from stablegrad_optax._leaves import (
     select_weights,
 )
 
-# What a node may hold beside its weights that multiplies, where a bias adds.
+# Parts of the names of arrays that multiply, as in a normalization, and are no biases.
 _FACTORS = ("scale", "gamma", "gain", "norm", "slope")
 
 _glorot = glorot_uniform()
@@ -175,8 +175,8 @@ def _draw(
     key = jax.random.fold_in(key, np.uint32(leaf.id))
     if not leaf.num_stacked:
         return draw(key)
-    # One after the other: an orthogonal initializer calls LAPACK, which may deadlock
-    # on a CPU when it is batched.
+    # The layers are drawn one after the other, because an orthogonal initializer calls
+    # LAPACK, which may deadlock on a CPU when it is batched.
     layers = jax.lax.map(draw, jax.random.split(key, leaf.num_slices))
     return layers.reshape(leaf.shape)
 
@@ -188,7 +188,7 @@ def _placed(new: jax.Array, old: Any) -> jax.Array:
         is_explicit = any(axis is not None for axis in sharding.spec)
         return jax.sharding.reshard(new, sharding) if is_explicit else new
     sharding = getattr(old, "sharding", None)
-    # An array that was never placed stays free to follow others.
+    # An array that was never placed on a device stays free to move.
     if sharding is None or not getattr(old, "committed", True):
         return new
     return jax.device_put(new, sharding)

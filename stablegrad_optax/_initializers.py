@@ -21,26 +21,21 @@ def activation_aware_normal(
 ) -> Initializer:
     r"""Makes an initializer whose gain fits the activation that follows the layer.
 
-    The weights are normal, with :math:`n_\text{in}` the product of all axes but the
-    output's. Set biases to zero.
-
     .. math::
 
         W \sim N\left(0, \frac{g^2}{n_\text{in}}\right)
 
-    For an activation :math:`f` and pre-activations :math:`z \sim N(0, q)`, the gain
-    :math:`g` preserves one of two scales from layer to layer:
+    where :math:`n_\text{in}` is the product of all axes but the output's, and biases
+    are zero. For the activation :math:`f` and pre-activations :math:`z \sim N(0, q)`,
+    the gain :math:`g` preserves one of two scales from layer to layer:
 
-    * ``"gradient"`` solves :math:`g^2 E[f'(z)^2] = 1` where :math:`q` is a stable fixed
-      point, :math:`q = g^2 E[f(z)^2]` (Schoenholz et al.). The gradient keeps its
-      scale, and so do derivatives with respect to the inputs. **Use it for a
-      physics-informed network**, whose loss contains such derivatives.
+    * ``"gradient"`` solves :math:`g^2 E[f'(z)^2] = 1` at a stable fixed point
+      :math:`q = g^2 E[f(z)^2]`. Gradients keep their scale, and so do derivatives with
+      respect to the inputs. **Use it for a physics-informed network.**
     * ``"signal"`` solves :math:`E[f(z)^2] = 1`, or :math:`\mathrm{Var}[f(z)] = V / 2`
-      where :math:`V = \sup_q \mathrm{Var}[f(z)] < 1 / 0.98`, for the smallest
-      :math:`q`, and takes :math:`g = \sqrt{q / E[a^2]}` with :math:`a` the layer's
-      input. The activations keep their scale. The gradient of a deep network of tanh
-      expands from layer to layer, and so do derivatives with respect to the inputs: do
-      not use it for a deep physics-informed network of tanh or sin.
+      if :math:`V = \sup_q \mathrm{Var}[f(z)] < 1 / 0.98`, for the smallest :math:`q`,
+      with :math:`g = \sqrt{q / E[a^2]}` for the layer's input :math:`a`. Activations
+      keep their scale, and the gradients of a deep network of tanh or sin grow.
 
     ==========  =================  =================  ==============
     activation  gain, "gradient"   gain, "signal"     :math:`E[a^2]`
@@ -56,73 +51,39 @@ def activation_aware_normal(
     softplus    none               1.0831             1
     ==========  =================  =================  ==============
 
-    gelu, silu and mish preserve the gradient at the fixed point zero alone, which is
-    not stable, and softplus at none. ``python -m benchmarks.initializers`` trains deep
-    physics-informed networks from each initializer.
+    The ``"gradient"`` rule is that of Schoenholz et al. The ``"signal"`` rule is a
+    choice of this package. The formula of the activation-aware initializer in the
+    StableGrad paper was not available to this project.
 
     Args:
-      activation: The activation that *follows* the layer: any elementwise callable,
-        such as ``jnp.tanh``, ``jax.nn.gelu`` or a lambda. ``"gradient"`` needs one that
-        JAX can differentiate. The equations are solved when the initializer is made,
-        which works inside ``jit`` too (modules make their initializers there).
+      activation: The activation that *follows* the layer, any elementwise callable. It
+        must be differentiable by JAX for ``"gradient"``.
       preserve: Which scale is preserved, ``"signal"`` or ``"gradient"``.
       input_second_moment: :math:`E[a^2]` of the layer's input, for ``"signal"`` only.
-        ``None``, the default, stands for the stationary output of the same activation,
-        which is right for every hidden layer of a network with one activation. The
-        **first layer** sees data instead: pass ``1.0`` for standardized inputs, ``1/3``
-        for coordinates uniform in [-1, 1]. After *another* activation pass that one's
-        value in the table.
-      out_axis: The axis of the kernel that indexes outputs; all others count as
-        inputs. -1, the default, is right for Flax (dense, convolution and attention
-        kernels alike); Equinox and PyTorch kernels need 0. Keep -1 for
-        :func:`~stablegrad_optax.initialize_weights`, which has an ``out_axis`` itself.
-      dtype: The default dtype of the weights; ``None`` is JAX's default float dtype.
+        The default is right for hidden layers of a network with one activation. For the
+        first layer, pass ``1.0`` for standardized inputs, or ``1/3`` for coordinates
+        uniform in [-1, 1].
+      out_axis: The axis of the kernel that indexes outputs. Use -1, the default, for
+        Flax and for :func:`initialize_weights`, and 0 for Equinox and PyTorch.
+      dtype: The default dtype of the weights; None is JAX's default float dtype.
 
     Returns:
-      An initializer ``init(key, shape, dtype=dtype)`` as those of
-      :mod:`jax.nn.initializers`, for shapes of two axes or more.
+      An initializer ``init(key, shape, dtype=dtype)`` like those of
+      :mod:`jax.nn.initializers`, for shapes of at least two axes.
 
     Raises:
-      ValueError: If ``activation`` is not callable, does not keep shapes, or has no
-        gain of the kind that ``preserve`` names; if ``preserve`` is another word; if
-        ``input_second_moment`` is not positive and finite, or is given with
-        ``preserve="gradient"``. ``init`` raises it for a shape of fewer than two axes.
+      ValueError: If an argument is outside its range, or if ``activation`` has no gain
+        of the kind that ``preserve`` names.
 
     Examples:
-      Give a network that is made already new weights, Equinox's for example::
-
-        init = activation_aware_normal(jnp.tanh, preserve="gradient")
-        model = initialize_weights(model, key, init, out_axis=0)
-
-      Flax also takes it as a ``kernel_init``::
-
-        nnx.Linear(64, 64, kernel_init=init, rngs=rngs)
-
-      By hand:
-
-      >>> import jax
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from stablegrad_optax import activation_aware_normal
       >>> init = activation_aware_normal(jnp.tanh, preserve="gradient")
       >>> kernel = init(jax.random.key(0), (256, 512))
       >>> print(f"{float(kernel.std()) * 256**0.5:.2f}")
       1.00
 
-    Notes:
-      The equations hold at infinite width. With ``"signal"``, tanh, sin, selu and elu
-      forget the random factors of a finite width, relu accumulates them, and mish, gelu
-      and silu amplify them with depth: deep plain networks of these need residual
-      connections or normalization.
-
-      The StableGrad paper pairs its method with an activation-aware initializer whose
-      formula was not available to this project. The equations of ``"signal"`` are this
-      project's, after the public initialization library of the paper's first author;
-      they are not claimed to be the paper's.
-
     References:
-      Poole et al., `Exponential expressivity in deep neural networks through transient
-      chaos <https://arxiv.org/abs/1606.05340>`_, 2016
-
       Schoenholz et al., `Deep Information Propagation
       <https://arxiv.org/abs/1611.01232>`_, 2017
 
@@ -131,7 +92,7 @@ def activation_aware_normal(
     """
     if not callable(activation):
         raise ValueError(
-            "activation must be an elementwise callable such as jnp.tanh, got "
+            "activation must be an elementwise callable such as jnp.tanh; got "
             f"{activation!r}."
         )
     if preserve not in ("signal", "gradient"):
@@ -149,7 +110,7 @@ def activation_aware_normal(
             require_number("input_second_moment", input_second_moment, above=0)
             second_moment = input_second_moment
         gain = sigma / second_moment**0.5
-    # No axis is named as input: all but the output's then count as receptive field.
+    # Without an input axis, JAX counts all axes but the output's as receptive field.
     scaled = variance_scaling(gain**2, "fan_in", "normal", (), out_axis, dtype=dtype)
 
     def init(

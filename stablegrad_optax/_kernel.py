@@ -1,4 +1,4 @@
-"""The kernel by which the scaled plain step moves a network's outputs."""
+"""The kernel that relates a scaled gradient step to the change of the outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,51 +22,48 @@ def effective_kernel(
     inputs: Any,
     factors: Factors | None = None,
 ) -> jax.Array:
-    r"""The kernel K = J P J^T by which the scaled plain step moves the outputs.
-
-    With :math:`J = \partial y / \partial \theta` the Jacobian of all outputs and
-    :math:`P = \mathrm{blockdiag}(p_l I)` the factors by which the gradient's leaves
-    are multiplied, the flow :math:`\dot\theta = -P \nabla_\theta L` moves the
-    outputs and the loss by
+    r"""Computes the kernel by which a scaled gradient step changes the outputs.
 
     .. math::
 
-        \dot y = -K \nabla_y L, \qquad
-        \dot L = -(\nabla_y L)^\top K \, \nabla_y L = -\sum_l p_l \|g_l\|^2 .
+        K = J P J^\top, \qquad \dot y = -K \nabla_y L, \qquad
+        \dot L = -(\nabla_y L)^\top K \, \nabla_y L = -\sum_l p_l \|g_l\|^2
 
-    **The paper's**: the kernel with the factors of StableGrad,
-    :math:`p_l = \sigma_{out} / (\sigma_l + \epsilon)`. **Ours**: any factors, those of
-    biases included. Without factors it is the empirical neural tangent kernel.
+    where :math:`J = \partial y / \partial \theta` is the Jacobian of all outputs,
+    :math:`P = \mathrm{blockdiag}(p_l I)` holds the factor of each array's gradient, and
+    the dot is the derivative along the flow :math:`\dot\theta = -P \nabla_\theta L`.
+    Without factors, K is the empirical neural tangent kernel.
+
+    The published kernel has the factors of StableGrad,
+    :math:`p_l = \sigma_{out} / (\sigma_l + \epsilon)`. This function takes any factors,
+    and those of biases too.
 
     The matrix has :math:`n_{out}^2` entries and takes :math:`n_{out}` backward passes
-    at once, hence :math:`n_{out}` times the memory of the parameters;
-    :func:`effective_kernel_operator` avoids both. For a network of many layers wrap it
-    in ``jax.jit`` with ``static_argnums=0``.
+    at once, so the memory is :math:`n_{out}` times that of the parameters. Use
+    :func:`effective_kernel_operator` for many outputs, and wrap the function in
+    ``jax.jit`` with ``static_argnums=0`` for a network of many layers.
 
     Args:
       apply_fn: ``apply_fn(params, inputs)`` returns the outputs, real floating arrays
-        of any shapes in any pytree. It must support forward-mode differentiation.
-      params: The parameters, any pytree. All floating arrays in it count; other leaves
-        (integers, Python numbers, functions of an Equinox module) are held constant.
-      inputs: What ``apply_fn`` takes beside the parameters: usually a batch.
+        in any pytree. It must support forward-mode differentiation.
+      params: The parameters, any pytree. All floating arrays count; other leaves, such
+        as integers or the functions of an Equinox module, are constants.
+      inputs: The second argument of ``apply_fn``, usually a batch.
       factors: ``{"path/to/kernel": factor}`` as
-        :func:`~stablegrad_optax.scale_factors` returns it: a float, or an array
-        f[slices] for a leaf that stacks layers along its leading axes. Leaves that are
-        not named have factor 1. Must not be negative.
+        :func:`~stablegrad_optax.scale_factors` returns it: a number, or f[slices] for
+        an array that stacks layers along its leading axes. They must not be negative.
+        Arrays that are not named have the factor 1.
 
     Returns:
-      f[n_out, n_out], symmetric and, for factors that are not negative, positive
-      semi-definite up to rounding; n_out counts the outputs of all inputs, in the
-      order of ``jax.flatten_util.ravel_pytree``.
+      f[n_out, n_out], symmetric and, up to rounding, positive semi-definite. The
+      outputs of all inputs are in the order of ``jax.flatten_util.ravel_pytree``.
 
     Raises:
-      ValueError: If ``factors`` names no floating leaf of ``params``, does not fit its
-        leading axes or, unless they are arrays of jax, has negative ones; if ``params``
-        has no floating leaf; or if the outputs are not real floating.
+      ValueError: If ``factors`` names no floating array of ``params``, does not fit its
+        leading axes, or is negative, which is not checked for JAX arrays; if ``params``
+        has no floating array; or if the outputs are not real floating.
 
     Examples:
-      Two inputs of a linear model: K = X X^T + 1.
-
       >>> import jax.numpy as jnp
       >>> from stablegrad_optax.theory import effective_kernel
       >>> params = {"dense": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
@@ -95,27 +92,31 @@ def effective_kernel_operator(
     inputs: Any,
     factors: Factors | None = None,
 ) -> Callable[[ArrayLike], jax.Array]:
-    r"""The product v -> K v of :func:`effective_kernel`, matrix-free.
+    r"""Returns the function v -> K v of :func:`effective_kernel`, without the matrix.
 
-    The network is linearized once; each product then costs one backward and one forward
+    .. math::
+
+        K v = J P J^\top v
+
+    The network is linearized once. Each product then costs one backward and one forward
     pass through the linearization, and the memory of one gradient.
 
     Args:
-      apply_fn: As for :func:`effective_kernel`.
-      params: As there.
-      inputs: As there.
-      factors: As there.
+      apply_fn: The network, as for :func:`effective_kernel`.
+      params: The parameters, as for :func:`effective_kernel`.
+      inputs: The second argument of ``apply_fn``.
+      factors: The factors, as for :func:`effective_kernel`.
 
     Returns:
-      A function from f[n_out] to f[n_out] in the outputs' dtype; wrap it in ``jax.jit``
-      to apply it more than once or twice. It raises ``ValueError`` for a vector of
+      A function from f[n_out] to f[n_out] in the dtype of the outputs. Wrap it in
+      ``jax.jit`` to apply it several times. It raises ``ValueError`` for a vector of
       another shape.
 
     Raises:
-      ValueError: As :func:`effective_kernel`.
+      ValueError: In the cases of :func:`effective_kernel`.
 
     Examples:
-      The largest eigenvalues by SciPy's Lanczos iteration:
+      SciPy's Lanczos iteration computes the largest eigenvalues:
 
       >>> import jax, jax.numpy as jnp, numpy as np
       >>> from scipy.sparse.linalg import LinearOperator, eigsh
@@ -138,16 +139,16 @@ def _kernel_operator(
     inputs: Any,
     factors: Factors | None,
 ) -> tuple[Callable[[ArrayLike], jax.Array], jax.Array]:
-    """Returns v -> K v and the outputs, raveled."""
+    """Returns v -> K v and the vector of all outputs."""
     is_parameter = [_is_floating_array(leaf) for leaf in jax.tree.leaves(params)]
     values, join = split(params, is_parameter)
     if not values:
-        raise ValueError("params must have a floating array among its leaves.")
+        raise ValueError("params must have at least one floating array; got none.")
 
-    def outputs_of(values: list[jax.Array]) -> jax.Array:
+    def raveled_outputs(values: list[jax.Array]) -> jax.Array:
         return ravel_pytree(apply_fn(join(values), inputs))[0]
 
-    outputs, push = jax.linearize(outputs_of, values)
+    outputs, push = jax.linearize(raveled_outputs, values)
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(
             f"apply_fn must return real floating outputs; got dtype {outputs.dtype}."
@@ -163,7 +164,8 @@ def _kernel_operator(
                 f"got {vector.shape}."
             )
         (grads,) = pull(vector)
-        # A complex leaf's cotangent is the conjugate of its direction of descent.
+        # JAX's cotangent of a complex array is the conjugate of the direction of
+        # ascent.
         step = [
             scale(jnp.conj(grad), factor)
             for grad, factor in zip(grads, scales, strict=True)
@@ -175,16 +177,16 @@ def _kernel_operator(
 
 
 def _per_leaf(factors: Factors, leaves: list[Leaf]) -> list[jax.Array]:
-    """One factor for each leaf, over its leading axes."""
+    """Returns the factor of each leaf, reshaped to its leading axes."""
     unknown = factors.keys() - {leaf.name for leaf in leaves}
     if unknown:
         raise ValueError(
-            f"factors must name floating leaves of params, of which it has "
+            "factors must name floating arrays of params, which are "
             f"{', '.join(leaf.name for leaf in leaves)}; got "
             f"{', '.join(sorted(unknown))}."
         )
     for name, factor in factors.items():
-        # Those of jax pass: they may be traced.
+        # The values of a JAX array may be unknown, because it may be traced.
         if not isinstance(factor, jax.Array) and not np.all(np.asarray(factor) >= 0):
             raise ValueError(f"factors['{name}'] must not be negative; got {factor!r}.")
     given = [jnp.asarray(factors.get(leaf.name, 1.0)) for leaf in leaves]
@@ -195,9 +197,9 @@ def _per_leaf(factors: Factors, leaves: list[Leaf]) -> list[jax.Array]:
 
 
 def _over_leading_axes(factor: jax.Array, leaf: Leaf) -> jax.Array:
-    """Reshapes a factor for each slice to the leading axes that count slices."""
+    """Reshapes the factors of all slices to the leading axes that index slices."""
     for axes in range(len(leaf.shape) + 1):
-        # Slices are counted over all stacked axes together.
+        # One axis of factors may stand for several stacked axes.
         if factor.size == np.prod(leaf.shape[:axes], dtype=int):
             return factor.reshape(leaf.shape[:axes])
     raise ValueError(

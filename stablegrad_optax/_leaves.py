@@ -1,8 +1,8 @@
-"""What is static about the leaves of a tree, and how a user selects among them.
+"""Descriptions of the leaves of a tree, and the selections that a user makes.
 
-A *slice* is one layer of a leaf that stacks several along its leading axes. Everything
-here depends on the structure, shapes and dtypes of the tree alone: it costs nothing
-after tracing.
+A *slice* is one layer of a leaf that stacks several along its leading axes. All of this
+depends on the structure, shapes and dtypes of the tree alone, so it costs nothing after
+tracing.
 """
 
 import functools
@@ -17,28 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-Selection = PyTree | Callable[[PyTree], PyTree]  # of bools
+Selection = PyTree | Callable[[PyTree], PyTree]  # the leaves are bools
 NumStackedAxes = int | PyTree | Callable[[PyTree], PyTree]
 
 
 class Leaf(NamedTuple):
-    """What is static about one leaf of a tree."""
+    """Describes one leaf of a tree by what is known while a program is traced."""
 
     name: str  # "path/to/kernel", unique in its tree
-    position: int  # in the flattened tree
-    path: tuple[str, ...]  # the keys on the way to it
+    position: int  # the index in the flattened tree
+    path: tuple[str, ...]  # the keys of the nodes above the leaf, and its own
     shape: tuple[int, ...]
     dtype: Any
     num_stacked: int = 0  # leading axes that index separate layers
 
     @property
     def parent(self) -> tuple[str, ...]:
-        """The path of the node that holds it."""
+        """The path of the node that holds the leaf."""
         return self.path[:-1]
 
     @property
     def id(self) -> int:
-        """A checksum of its path: what a state knows it by."""
+        """The checksum of the path by which a state identifies the leaf."""
         keys = (key.replace("/", "\0") for key in self.path)
         return zlib.crc32("/".join(keys).encode())
 
@@ -49,17 +49,17 @@ class Leaf(NamedTuple):
 
     @property
     def num_slices(self) -> int:
-        """How many separate layers the leaf holds."""
+        """The number of separate layers that the leaf holds."""
         return math.prod(self.stack)
 
     @property
     def slice_size(self) -> int:
-        """How many elements each of them has."""
+        """The number of elements of each layer."""
         return math.prod(self.shape[self.num_stacked :])
 
     @property
     def is_floating(self) -> bool:
-        """Whether the leaf is real or complex floating point."""
+        """True if the leaf is real or complex floating point."""
         return bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
@@ -68,9 +68,9 @@ def describe(
 ) -> list[Leaf]:
     """Describes every leaf of a tree of arrays or ``jax.ShapeDtypeStruct``.
 
-    A trailing attribute ``value``, if its node holds nothing else, is the box of a
-    parameter (``nnx.Variable``, linen's ``Partitioned``): neither part of the name nor
-    a parent. Leaves that would share a name have their full path, ``['a']['b']``.
+    A node that holds an attribute ``value`` and nothing else is the box of a parameter,
+    such as ``nnx.Variable`` or linen's ``Partitioned``. ``value`` is then not a part of
+    the path. Leaves that would share a name have their full path, ``['a']['b']``.
     """
     leaves, full_names = [], []
     with_paths = jax.tree.leaves_with_path(tree)
@@ -94,7 +94,7 @@ def describe(
 
 
 def _boxes(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-    """The nodes that hold a leaf ``value`` and nothing else."""
+    """Finds the nodes that hold a leaf ``value`` and nothing else."""
     boxes: set[tuple[Any, ...]] = set()
     parents: set[tuple[Any, ...]] = set()  # nodes that hold something else
     for path in paths:
@@ -106,7 +106,7 @@ def _boxes(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
 
 
 def _dtype(leaf: Any) -> Any:
-    """The dtype of an array or a number, and ``object`` for anything else."""
+    """Returns the dtype of an array or a number, and ``object`` for anything else."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         is_number = isinstance(leaf, bool | int | float | complex)
@@ -128,15 +128,16 @@ def _stacked(leaf: Leaf, num_stacked: Any) -> Leaf:
 
 
 def has_gradient(leaf: Leaf) -> bool:
-    """Whether the leaf is floating and has elements."""
+    """Tells whether the leaf is floating and has elements."""
     return leaf.is_floating and leaf.slice_size > 0
 
 
 def is_weight_by_default(leaf: Leaf) -> bool:
-    """Whether each slice is floating, has two axes and two elements, and no bias name.
+    """Tells whether slices are floating, with two axes and elements, and not a bias.
 
-    Flax's attention biases have the shape (heads, features), Equinox's convolutions'
-    (channels, 1, 1), an ensemble's (members, features): their name tells them apart.
+    The name decides which array is a bias, because biases may have several axes: those
+    of Flax's attention have the shape (heads, features), those of Equinox's
+    convolutions (channels, 1, 1), and those of an ensemble (members, features).
     """
     num_axes = len(leaf.shape) - leaf.num_stacked
     is_bias = bool(leaf.path) and leaf.path[-1] == "bias"
@@ -159,7 +160,7 @@ def select(
 def select_weights(
     selection: Selection | None, tree: PyTree, leaves: Sequence[Leaf]
 ) -> tuple[Leaf, ...]:
-    """Returns the weights: those of ``weights=``, or those of the default rule."""
+    """Returns the weights that ``weights`` or else the default rule selects."""
     if selection is None:
         return tuple(filter(is_weight_by_default, leaves))
     weights = select("weights", selection, tree, leaves)

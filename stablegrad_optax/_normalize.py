@@ -12,13 +12,14 @@ from stablegrad_optax._numerics import divide
 
 
 class NormalizeByLeafNormState(NamedTuple):
-    """State of :func:`normalize_by_leaf_norm`: what the last update did.
+    """State of :func:`normalize_by_leaf_norm`.
 
-    No update depends on it. Read it with :func:`scale_factors`.
+    It records the last update, and no update depends on it. Read it with
+    :func:`scale_factors`.
     """
 
     scale_factors: jax.Array  # f[slices], 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
 
 
 def normalize_by_leaf_norm(

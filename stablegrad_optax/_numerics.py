@@ -9,27 +9,27 @@ import numpy as np
 
 
 def statistics_dtype(dtype: Any) -> np.dtype[Any]:
-    """float64 for double precision leaves, float32 for all others."""
+    """Returns float64 for double precision leaves and float32 for all others."""
     return np.dtype(np.float64 if jnp.finfo(dtype).bits == 64 else np.float32)
 
 
 def sum_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype that a leaf is summed in: complex where it is."""
+    """Returns the dtype that a leaf is summed in, which is complex if the leaf is."""
     return np.result_type(statistics_dtype(dtype), dtype)
 
 
 def widest_statistics_dtype(dtypes: Iterable[Any]) -> np.dtype[Any]:
-    """The dtype of a vector that holds a statistic for leaves of these dtypes."""
+    """Returns the dtype of a vector of statistics for leaves of these dtypes."""
     floating = (dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact))
     return np.result_type(np.float32, *map(statistics_dtype, floating))
 
 
 @jax.jit
 def scale(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """Each slice times its factor f[stack], in the array's dtype.
+    """Multiplies each slice by its factor f[stack], in the array's dtype.
 
-    One scalar and one multiplication, computed in the precision of the statistics: XLA
-    fuses it into the optimizer's loops, and a scaled gradient is never written out.
+    The product is computed in the precision of the statistics. XLA fuses this one
+    multiplication into the optimizer's loops and never writes out a scaled gradient.
     """
     wide = statistics_dtype(array.dtype)
     if factor.dtype != wide:  # a float64 factor saturates in float32
@@ -43,7 +43,7 @@ def scale(array: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def narrow(array: jax.Array, dtype: Any) -> jax.Array:
-    """The array in a leaf's dtype; one without infinities (of float8) saturates."""
+    """Casts an array to a leaf's dtype; a float8 without infinities saturates."""
     is_real = jnp.issubdtype(dtype, jnp.floating)
     if is_real and not np.isinf(np.float32(np.inf).astype(dtype)):
         largest = float(jnp.finfo(dtype).max)
@@ -52,12 +52,13 @@ def narrow(array: jax.Array, dtype: Any) -> jax.Array:
 
 
 def newest_share(decay: float | jax.Array, dtype: Any) -> jax.Array:
-    """``1 - decay``, the newest value's share in a running mean.
+    """Returns ``1 - decay``, the newest value's share in a running mean.
 
-    An array of a narrow dtype may have been rounded to 1: then the largest decay below
-    it in float32 takes its place.
+    A decay in an array of a narrow dtype may have been rounded to 1. The largest
+    float32 number below 1 then replaces it.
     """
-    # A Python number in Python's precision, an array in that of the statistics.
+    # 1 - decay is computed in Python's precision for a Python number, and in that of
+    # the statistics for an array.
     decay = decay if isinstance(decay, float | int) else jnp.asarray(decay, dtype)
     return jnp.maximum(jnp.asarray(1 - decay, dtype), 2.0**-24)
 
@@ -65,10 +66,10 @@ def newest_share(decay: float | jax.Array, dtype: Any) -> jax.Array:
 def mean_weights(
     decay: float | jax.Array, count: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of all weights of a running mean from zero, and the newest's share.
+    """Returns the sum of a running mean's weights, and the newest value's weight.
 
-    For ``count`` values ``1 - decay^count``, and ``1 - decay`` over it: the weight of
-    the newest value in the bias-corrected mean.
+    The sum is ``1 - decay^count`` for ``count`` values. The weight of the newest value
+    in the bias-corrected mean is ``1 - decay`` divided by that sum.
     """
     newest = newest_share(decay, dtype)
     total = -jnp.expm1(count.astype(dtype) * jnp.log1p(-newest))
@@ -76,16 +77,17 @@ def mean_weights(
 
 
 def weighted_mean(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    """``(1 - weight) old + weight new``: a small new value after a giant keeps digits.
+    """Computes ``(1 - weight) old + weight new``.
 
-    ``old + weight (new - old)`` would cancel them.
+    ``old + weight (new - old)`` would cancel the digits of a small new value after a
+    giant old one.
     """
     return (1 - weight) * old + weight * new
 
 
 @jax.custom_jvp
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """The quotient, saturating, with derivatives that do not overflow."""
+    """Divides; the quotient saturates, and its derivatives do not overflow."""
     largest = float(jnp.finfo(denominator.dtype).max)
     return jnp.minimum(numerator / denominator, largest)
 
@@ -97,13 +99,14 @@ def _divide_jvp(
     numerator, denominator = primals
     numerator_dot, denominator_dot = tangents
     quotient = divide(numerator, denominator)
-    # Two divisions in a row: the square of a small denominator would underflow.
+    # The two divisions are separate, because the square of a small denominator would
+    # underflow.
     change = numerator_dot / denominator - denominator_dot / denominator * quotient
     return quotient, change
 
 
 @jax.jit
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
+    """Returns the square root, whose derivative at 0 is defined as 0."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))

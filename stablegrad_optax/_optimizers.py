@@ -10,6 +10,7 @@ import optax
 
 from stablegrad_optax._checks import require_number
 from stablegrad_optax._normalize import normalize_by_leaf_norm
+from stablegrad_optax._soap import soap
 from stablegrad_optax._stablegrad import stablegrad
 
 Factory = Callable[[optax.Schedule], optax.GradientTransformation]
@@ -30,7 +31,7 @@ _TRANSFORMATIONS = ("clip", "normalize per array", "StableGrad")
 
 @dataclass(frozen=True)
 class Chain:
-    """A transformation of the gradient, then an optimizer.
+    """Chains a transformation of the gradient and an optimizer.
 
     ``compare_optimizers`` compiles the two separately, so that all chains with the same
     optimizer, or with the same transformation, use one program for it.
@@ -51,9 +52,10 @@ def default_optimizers(
 ) -> dict[str, Factory]:
     """Returns the optimizers that :func:`compare_optimizers` tries by default.
 
-    They are AdamW and ``optax.contrib.muon``, each alone and after a transformation of
-    the gradient. AdamW is also tried with ``b2=0.9``. All other arguments have Optax's
-    default values. Add your own as in ``{**default_optimizers(), "Lion": optax.lion}``.
+    They are AdamW, ``optax.contrib.muon`` and :func:`soap`, each alone and after a
+    transformation of the gradient. AdamW is also tried with ``b2=0.9``. All other
+    arguments have their default values. Add your own as in
+    ``{**default_optimizers(), "Lion": optax.lion}``.
 
     Args:
       muon_weight_dimension_numbers: The argument of ``optax.contrib.muon`` with this
@@ -78,6 +80,8 @@ def default_optimizers(
       clip + Muon
       normalize per array + Muon
       StableGrad + Muon
+      SOAP
+      normalize per array + SOAP
     """
     adamw: Factory = optax.adamw
     adamw_b2: Factory = functools.partial(optax.adamw, b2=0.9)
@@ -107,6 +111,8 @@ def default_optimizers(
         "clip + Muon": Chain(clip, muon),
         "normalize per array + Muon": Chain(normalize, muon),
         "StableGrad + Muon": Chain(scale, muon),
+        "SOAP": soap,
+        "normalize per array + SOAP": Chain(normalize, soap),
     }
 
 
@@ -185,7 +191,7 @@ def _check(learning_rates: Sequence[float]) -> list[float]:
             f"learning_rates must be a sequence of numbers; got {learning_rates!r}."
         )
     rates = sorted({float(rate) for rate in learning_rates})
-    for rate in rates:  # training computes in float32
+    for rate in rates:  # the smallest rate is a normal number of float32
         require_number("learning_rates", rate, at_least=float(np.finfo("f4").tiny))
     if not rates:
         raise ValueError("learning_rates must have at least one; got none.")

@@ -1,4 +1,4 @@
-"""The prediction gradient dL/dy: the reference that StableGrad's paper scales to."""
+"""The reference of StableGrad: the std of the loss's gradient by the predictions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablegrad_optax._checks import require_number
+from stablegrad_optax._moments import square
 from stablegrad_optax._numerics import safe_sqrt, statistics_dtype
 
 PyTree = Any
@@ -20,35 +21,36 @@ def prediction_grad_std(
     num_examples: float | jax.Array | None = None,
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""The standard deviation of the gradient with respect to the predictions.
+    r"""Computes the standard deviation of the gradient with respect to the predictions.
 
     .. math::
 
         \sigma_{out} = \mathrm{std}(\partial L / \partial y)
 
-    pooled over all entries of all leaves, about their common mean. **The paper's**
-    (second hand): it is StableGrad's reference, taken anew each step; hand it to
-    ``update`` as ``prediction_grad_std``. **Ours**: the pooling over several outputs
-    and the per-example form. For a loss that is a mean over examples dL/dy, and with
-    it the reference, shrinks as 1/batch; times the number of examples it does not.
+    The standard deviation is that of all entries of all arrays, about their common
+    mean. Pass it to ``update`` as ``prediction_grad_std`` in each step, together with
+    ``stablegrad(max_reference_growth=2)``.
+
+    The reference :math:`\sigma_{out}` is the published one. The pooling over several
+    outputs and ``num_examples`` are choices of this package.
 
     Args:
-      prediction_grad: dL/dy, a pytree of floating arrays of any shapes. Leaves without
-        a gradient (``float0``) do not count.
-      num_examples: The number of examples that the loss is a mean over, on all devices
-        together: gives the per-example form. Default: the literal one.
+      prediction_grad: The gradient :math:`\partial L / \partial y`, a pytree of
+        floating arrays. Arrays of ``float0`` do not count.
+      num_examples: The number of examples that the loss is a mean over, on all devices.
+        The gradient of a mean shrinks as the batch grows; this number multiplies the
+        result, which then does not depend on the batch size. Default: 1.
       axis_name: The mapped axis (``pmap``, ``shard_map``, ``vmap``), or axes, over
-        which the batch is split, each part with the mean loss of its own examples. The
-        moments are pooled over it and the result divided by its size, so that it is
-        exactly that of the mean loss over the whole batch.
+        which the batch is split, where each part has the mean loss of its own examples.
+        The result is then that of the mean loss over the whole batch.
 
     Returns:
-      f[], float32, or float64 where a leaf has double precision; safe for gradients of
-      any magnitude in the range of their dtype.
+      f[], float32, or float64 where an array has double precision. Squares neither
+      overflow nor underflow in the range of the dtype.
 
     Raises:
-      ValueError: Without any floating entry, for integer gradients, or for a number of
-        examples that is not above 0.
+      ValueError: If ``prediction_grad`` has no entry or is not floating, or if
+        ``num_examples`` is not above 0.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -85,24 +87,20 @@ def prediction_grad_std(
         local = local.max() if collective is jax.lax.pmax else local.sum()
         return local if axis_name is None else collective(local, axis_name)
 
-    # In units of the largest entry no square leaves the range of the dtype.
+    # In units of the largest entry no square leaves the range of the dtype. The unit
+    # needs an inverse that is a normal number, because XLA may multiply by it.
     largest = over_all(jax.lax.pmax, [jnp.max(jnp.abs(a), initial=0) for a in arrays])
-    # But no larger than what has an inverse: XLA may multiply by that.
     invertible = float(jnp.finfo(largest.dtype).max) / 16
     unit = jnp.where(largest > 0, jnp.minimum(largest, invertible), 1)
     unit = jax.lax.stop_gradient(unit)
     arrays = [array / unit.astype(dtype) for array in arrays]
     size = num_devices * sum(array.size for array in arrays)
     mean = over_all(jax.lax.psum, [jnp.sum(array) for array in arrays]) / size
-    squares = [jnp.sum(_abs_squared(array - mean)) for array in arrays]
+    squares = [jnp.sum(square(array - mean)) for array in arrays]
     std = safe_sqrt(over_all(jax.lax.psum, squares) / size) * unit / num_devices
     if num_examples is not None:
         std = std * jnp.asarray(num_examples, std.dtype)
     return std
-
-
-def _abs_squared(x: jax.Array) -> jax.Array:
-    return (x * x.conj()).real
 
 
 def value_and_grad_with_prediction_std(
@@ -113,87 +111,75 @@ def value_and_grad_with_prediction_std(
     per_example: bool = False,
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[Any, PyTree, jax.Array]]:
-    r"""Loss, parameter gradients and :math:`\sigma_{out}` from one backward pass.
+    r"""Transforms a loss to return :math:`\sigma_{out}` with its value and gradients.
 
-    The backward pass is taken in its two natural parts, from the loss to the
-    predictions and from there to the parameters, and the standard deviation of what
-    flows between them is kept. It costs what ``jax.value_and_grad`` costs, and the
-    parameter gradients are bitwise the same.
+    .. math::
 
-    **The paper's**: the reference is the standard deviation of dL/dy. What y is for a
-    PINN was not available to us. Two recipes, **ours**:
+        L = \ell(y), \quad y = f(\theta, x), \qquad
+        \sigma_{out} = \mathrm{std}(\partial L / \partial y)
 
-    *Residual probe*: y is all residuals together (PDE, boundary, initial). It sees
-    every term of the loss at its weight, and is the reading under which the flow
-    follows the paper's kernel ``K = J P J^T``; it is zero only where all residuals are.
-    Let ``apply_fn`` return the residuals and ``loss_fn`` weigh their squares (the
-    second example below).
+    One backward pass computes :math:`\partial L / \partial y` on the way to the
+    parameters, so the result costs what ``jax.value_and_grad`` costs. The gradients are
+    bitwise the same.
 
-    *Field probe*: y is the field u itself, by an additive probe. It sees only the
-    direct dependence of the loss on u, not that through its derivatives: for the
-    interior of Poisson's equation, u_xx + u_yy = f, it is exactly zero, so that the
-    boundary alone sets the reference; for Burgers it sees the factor u of u u_x. Let
-    ``apply_fn`` return u with its derivatives, close over none of them, and hand
-    :func:`prediction_grad_std` the part of dL/dy that belongs to u (third example).
-
-    Neither is claimed to be the paper's.
+    The standard deviation of :math:`\partial L / \partial y` is the published
+    reference. What y is for a physics-informed network is a choice: let ``apply_fn``
+    return the residuals of the equation and of the boundary and initial conditions, and
+    ``loss_fn`` weigh their squares. Every term of the loss then counts.
 
     Args:
       apply_fn: ``apply_fn(params, inputs) -> predictions``, a pytree of arrays; with
         ``has_aux`` ``-> (predictions, aux)``.
       loss_fn: ``loss_fn(predictions, *loss_args) -> f[]``, the loss.
-      has_aux: Whether ``apply_fn`` returns something beside the predictions: updated
-        ``batch_stats``, say.
-      per_example: Times the number of examples, which is the size of the first axis of
-        the predictions (times the size of ``axis_name``). For a loss that is a mean
-        over examples this takes the batch size out of the reference.
-      axis_name: As in :func:`prediction_grad_std`. The loss and the gradients stay
-        those of this device: average them as ever.
+      has_aux: Whether ``apply_fn`` returns something in addition to the predictions,
+        such as updated ``batch_stats``.
+      per_example: Whether to multiply the reference by the number of examples, the size
+        of the predictions' first axis. Use it if the loss is a mean over examples and
+        the batch size varies.
+      axis_name: The mapped axes, as in :func:`prediction_grad_std`. The loss and the
+        gradients stay those of this device, so average them as usual.
 
     Returns:
       ``f(params, inputs, *loss_args) -> (loss, grads, prediction_grad_std)``, with
-      ``(loss, aux)`` in place of ``loss`` where ``has_aux``.
+      ``(loss, aux)`` in place of ``loss`` if ``has_aux``.
 
     Raises:
-      ValueError: When called, with ``per_example`` and predictions without axes.
+      ValueError: When called, if ``per_example`` is given and the predictions have no
+        axes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> import stablegrad_optax
+      >>> from stablegrad_optax import prediction_grad_std, stablegrad
+      >>> from stablegrad_optax import value_and_grad_with_prediction_std
       >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
       >>> inputs = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
       >>> targets = jnp.zeros((3, 2))
-      >>> f = stablegrad_optax.value_and_grad_with_prediction_std(
+      >>> f = value_and_grad_with_prediction_std(
       ...     lambda params, x: x @ params["kernel"],
       ...     lambda y, target: jnp.mean((y - target) ** 2),
       ... )
       >>> loss, grads, sigma_out = f(params, inputs, targets)
-      >>> tx = optax.chain(stablegrad_optax.stablegrad(None), optax.sgd(0.1))
+      >>> tx = optax.chain(stablegrad(None), optax.sgd(0.1))
       >>> updates, state = tx.update(
       ...     grads, tx.init(params), params, prediction_grad_std=sigma_out
       ... )
       >>> print(f"{loss:.3f} {sigma_out:.4f}")
       13.667 0.5329
 
-      The residual probe, for u'' = -1 with u(0) = 0, and the field probe:
+      For u'' = -1 with u(0) = 0, the predictions are the residuals, or u itself:
 
       >>> def u(params, x):
       ...     return jnp.tanh(x * params["a"]).sum()
-      >>> def fields(params, x):
-      ...     u_xx = jax.vmap(jax.grad(jax.grad(u, 1), 1), (None, 0))
-      ...     return {"u": u(params, 0.0), "u_xx": u_xx(params, x)}
       >>> def residuals(params, x):
-      ...     y = fields(params, x)
-      ...     return {"pde": y["u_xx"] + 1, "boundary": y["u"]}
-      >>> def loss(r):
+      ...     u_xx = jax.vmap(jax.grad(jax.grad(u, 1), 1), (None, 0))
+      ...     return {"pde": u_xx(params, x) + 1, "boundary": u(params, 0.0)}
+      >>> def loss_fn(r):
       ...     return jnp.mean(r["pde"] ** 2) + 100 * r["boundary"] ** 2
-      >>> f = stablegrad_optax.value_and_grad_with_prediction_std(residuals, loss)
+      >>> f = value_and_grad_with_prediction_std(residuals, loss_fn)
       >>> params, x = {"a": jnp.array([0.5, 2.0])}, jnp.linspace(0.0, 1.0, 8)
-      >>> value, grads, sigma_out = f(params, x)
-      >>> dL_dy = jax.grad(lambda y: loss({"pde": y["u_xx"] + 1, "boundary": y["u"]}))(
-      ...     fields(params, x)
-      ... )
-      >>> sigma_out = stablegrad_optax.prediction_grad_std(dL_dy["u"])
+      >>> loss, grads, sigma_out = f(params, x)
+      >>> dL_dr = jax.grad(loss_fn)(residuals(params, x))
+      >>> sigma_out = prediction_grad_std(dL_dr["boundary"])
 
     References:
       Mestre et al., `StableGrad: Backward Scale Control without Batch Normalization
@@ -228,8 +214,8 @@ def _num_examples(predictions: PyTree, axis_name: AxisName | None) -> int:
     shape = jnp.shape(jax.tree.leaves(predictions)[0])
     if not shape:
         raise ValueError(
-            "per_example needs predictions with a leading axis of examples; got a "
-            "scalar."
+            "predictions must have a leading axis of examples for per_example=True; "
+            "got a scalar."
         )
     num_devices: int = 1 if axis_name is None else jax.lax.psum(1, axis_name)
     return shape[0] * num_devices

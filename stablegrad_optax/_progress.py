@@ -45,7 +45,7 @@ class Progress:
             print(file=sys.stderr, flush=True)
 
     def _write(self, text: str) -> None:
-        padding = " " * (self._width - len(text))  # over the rest of the last line
+        padding = " " * (self._width - len(text))  # covers the rest of the last line
         self._width = len(text)
         print(f"\r{text}{padding}", end="", file=sys.stderr, flush=True)
 

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 
-SIGNIFICANCE = 0.05  # over all pairs of optimizers
-_POWER = 0.8  # of the estimated number of seeds
+SIGNIFICANCE = 0.05  # the level of the test over all pairs of optimizers
+_POWER = 0.8  # the power of the test with the estimated number of seeds
 
 
 def choose_rate(scores: Floats) -> int:
@@ -21,7 +21,7 @@ def choose_rate(scores: Floats) -> int:
     failures, then the smaller rate.
     """
     failures = np.isinf(scores).sum(axis=1)
-    # The largest rate has no next one, so its own failures stand in.
+    # The largest rate has no next one, so its own failures count instead.
     next_fails = np.append(failures[1:], failures[-1]) > 0
     mean_ranks = ranks(scores.reshape(-1)).reshape(scores.shape).mean(axis=1)
 

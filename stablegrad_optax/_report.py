@@ -1,4 +1,4 @@
-"""gradient_report: says whether a network's gradients need treatment."""
+"""gradient_report: tells whether the scale of a network's gradients is a problem."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,10 +36,10 @@ def gradient_report(
     muon_eps: float = 1e-8,
     history: Mapping[str, ArrayLike] | None = None,
 ) -> GradientReport:
-    """Measures a gradient array by array and says whether it needs treatment.
+    """Measures each array of a gradient and tells whether its scale is a problem.
 
-    ``print(gradient_report(grads))`` opens with the gravest verdict that fits. Its
-    evidence, what to try, in the order of cost, and a table follow:
+    ``print(gradient_report(grads))`` shows the gravest verdict that fits, its evidence,
+    what to try in the order of cost, and a table of all arrays:
 
     =========================  =====================================================
     verdict                    when
@@ -56,10 +56,10 @@ def gradient_report(
     no trouble seen            none of these
     =========================  =====================================================
 
-    One gradient does not know the scale of its loss: a loss times 1e5 is "large", and
-    so are gradients that explode at initialization. The first steps as ``history`` tell
-    them apart. No verdict is a promise, and :func:`compare_optimizers` tries the
-    remedies on your network. The report runs outside ``jit``, on the host.
+    One gradient does not show whether it is large because of the unit of the loss or
+    because it explodes at initialization. Pass the first steps as ``history`` to
+    distinguish the two. No verdict is a promise, and :func:`compare_optimizers` tries
+    the remedies on your network. The report runs outside ``jit``, on the host.
 
     Args:
       grads: Gradients of any pytree; sharded arrays too. Leaves that are not floating,

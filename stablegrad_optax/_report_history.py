@@ -1,4 +1,4 @@
-"""Reads what the factors of the first steps say of a training run."""
+"""Reads the factors of the first steps of a training run."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stablegrad_optax._leaves import Leaf
 from stablegrad_optax._report_measure import LeafReport, weights_with_gradient
 
-UNBALANCED_RATIO = 1e3  # between the stds of weights, from where a report says so
+UNBALANCED_RATIO = 1e3  # a larger ratio between the stds of weights is unbalanced
 
 Steps = NDArray[np.float64]  # one number for each step
 
@@ -59,8 +59,8 @@ def read_history(
 ) -> History:
     """Reads the spreads of the first steps, which are the reciprocals of the factors.
 
-    ``stablegrad`` leaves a gradient of zero as it is: a factor of exactly 1 says
-    nothing of the scale. A gradient that is not finite has a factor of 0 or NaN.
+    A factor of exactly 1 says nothing about the scale, because ``stablegrad`` leaves a
+    gradient of zero as it is. A gradient that is not finite has a factor of 0 or NaN.
     """
     series = _series(history, leaves, rows)
     bad = np.array([~np.isfinite(x) | (x == 0) for _, x, _ in series])
@@ -100,7 +100,7 @@ class _Series(NamedTuple):
 
     name: str
     factors: Steps
-    rows: set[str]  # the names of the report's rows that they speak of
+    rows: set[str]  # the names of the report's rows that the factors scale
 
 
 def _series(

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from stablegrad_optax._leaves import Leaf
 
-# A leaf is rounding alone if it is smaller than this many epsilons of its dtype beside
-# the kernel that it stands with: 0.5 to 2 for the key biases of attention blocks with
-# 8 to 256 features.
+# A leaf is only rounding if its rms is below this many epsilons of its dtype times the
+# rms of its kernel. The key biases of attention, whose exact gradient is zero, have at
+# most about 2 of them.
 _ROUNDING = 16
-_ROUNDING_AT_MOST = 1e-2  # in bfloat16, whose epsilon is no small number
-_ROW_SPARSE = 0.5  # of the rows, exactly zero
-_STACKED_RATIO = 100  # between the slices of a leaf that looks stacked
+_ROUNDING_AT_MOST = 1e-2  # limits the ratio in bfloat16, whose epsilon is large
+_ROW_SPARSE = 0.5  # a larger share of zero rows makes a matrix row-sparse
+_STACKED_RATIO = 100  # the ratio between slices above which a leaf looks stacked
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class LeafReport:
 
 
 def weights_with_gradient(rows: Sequence[LeafReport]) -> list[LeafReport]:
-    """Selects the rows that make the ratio between layers: weights, or all without any.
+    """Selects the weights, or all rows if none is a weight, that make the ratio.
 
-    A gradient of zero, as of a dead branch, is not an imbalance.
+    A gradient of zero, as in a dead branch, is not an imbalance.
     """
     counted = [row for row in rows if not row.is_rounding]
     weights = [row for row in counted if row.is_weight]
@@ -139,7 +139,7 @@ def _statistics(
     magnitude = np.abs(values)
     zero = values.size - int(np.count_nonzero(magnitude))
     below = max(int(np.count_nonzero(magnitude < adam_eps)) - zero, 0)
-    # Squares of what is at most 1 neither over- nor underflow, in float64 leaves too.
+    # Values are divided by the largest, so that squares do not overflow in float64.
     unit, count = float(magnitude.max(initial=0)) or 1.0, values.size or 1
     values /= unit
     mean = values.sum() / count
@@ -150,7 +150,7 @@ def _statistics(
     if array.ndim == 2 and zero and array.size:
         zero_rows = float(np.mean(~np.any(array != 0, axis=1)))
     rms = unit * math.hypot(std, offset)
-    # The square root of the smallest normal number: squares below it underflow.
+    # The square of a smaller number underflows.
     underflow = float(jnp.finfo(array.dtype).smallest_normal) ** 0.5
     is_small = rms * math.sqrt(count) < muon_eps or rms < underflow
     return {
@@ -170,14 +170,14 @@ def mark_rounding(
     rows: Sequence[list[LeafReport]],
     arrays: Sequence[NDArray[Any]],
 ) -> list[list[LeafReport]]:
-    """Finds leaves whose exact gradient is zero, by the kernel that they stand with.
+    """Marks leaves whose exact gradient is zero, by comparison with their kernel.
 
-    A bias adds to what its kernel makes: what the one sums, the other sums times the
-    input. It can be smaller by the inputs' scale, not by a rounding error, unless its
-    sum cancels. Layers of a deep network may differ by more, so the kernel must have
-    the same parent and more axes.
+    A bias adds to the output of its kernel, so its gradient is the same sum as the
+    kernel's, but without the factor of the input. It is smaller by a rounding error
+    only if the sum cancels. Layers of a deep network may differ by more, so the kernel
+    must have the same parent and more axes.
     """
-    # The largest rms under a parent, by number of axes and of slices: f[slices].
+    # The largest rms f[slices] by parent, and by the numbers of axes and slices.
     kernels: dict[Any, dict[tuple[int, int], NDArray[np.float64]]] = {}
     for leaf, leaf_rows in zip(leaves, rows, strict=True):
         here = kernels.setdefault(leaf.parent, {})
@@ -210,7 +210,7 @@ def _num_axes(leaf: Leaf) -> int:
 def looks_stacked(
     leaves: Sequence[Leaf], arrays: Sequence[NDArray[Any]]
 ) -> tuple[str, ...]:
-    """Names of leaves whose slices along the first axis differ as layers do.
+    """Names the leaves whose slices along the first axis differ as layers do.
 
     An axis of layers or members is the first of all leaves under the same parent.
     """

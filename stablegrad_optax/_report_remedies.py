@@ -26,7 +26,7 @@ class Remedy(NamedTuple):
 
     name: str
     advice: str  # an imperative, without a full stop
-    verdicts: tuple[str, ...]  # for which it is worth a try
+    verdicts: tuple[str, ...]  # the verdicts for which it may help
 
 
 REMEDIES = (
@@ -60,7 +60,7 @@ REMEDIES = (
     ),
 )
 
-# What comes before the remedies, or stands in their place.
+# The advice for these verdicts opens with a text, and some have no remedies.
 OPENINGS = {
     "large": (
         "A loss of large scale alone would explain it, and Adam does not mind that. "
@@ -81,8 +81,8 @@ OPENINGS = {
     ),
 }
 
-# Below it, the square of a gradient times 1 - b2 leaves the range of float32 in Adam,
-# and the entries of a matrix leave that of Muon's norm soon after.
+# The square of a smaller gradient times 1 - b2 leaves the range of float32 in Adam, and
+# somewhat smaller entries of a matrix leave that of Muon's norm.
 EPS_REACH = 1e-17
 SMALL_EPS = 1e-16
 

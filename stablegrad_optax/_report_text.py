@@ -8,7 +8,7 @@ from stablegrad_optax._report_history import History
 from stablegrad_optax._report_measure import LeafReport
 
 _WIDTH = 80
-_TABLE_ROWS = 20  # a longer table shows its two ends alone
+_TABLE_ROWS = 20  # a longer table shows only its two ends
 
 
 def paragraphs(parts: Mapping[str, str]) -> list[str]:

@@ -8,15 +8,15 @@ from stablegrad_optax import _report_text as text
 from stablegrad_optax._report_history import UNBALANCED_RATIO, History
 from stablegrad_optax._report_measure import LeafReport, weights_with_gradient
 
-# The lines that the verdicts draw, set on deep PINNs and kept after `python -m
-# benchmarks.calibration` trained networks of six kinds.
+# The limits of the verdicts. `python -m benchmarks.calibration` trains networks of
+# several kinds to test them.
 _LARGE_STD = 1e3
 _VANISHING_STD = 1e-12
-_MOSTLY = 0.5  # of the non-zero entries, below Adam's eps
-_SOME = 0.1  # of the entries of one leaf: a smaller eps is then worth a try
+_MOSTLY = 0.5  # the share of non-zero entries below Adam's eps
+_SOME = 0.1  # the share of a leaf's entries below the eps from which it is worth a try
 _DRIFT = 1e3
 _OF_ONE_SCALE = ("vanishing", "mostly below Adam's eps")
-_ALIKE = 100  # the ratio between layers up to which one scale explains all of them
+_ALIKE = 100  # a smaller ratio between layers is explained by the loss's scale
 
 _STATISTICS = ("std", "rms", "mean_to_std", "below_adam_eps", "zero", "nonfinite")
 _OVERALL = ("max_std", "min_std", "std_ratio", "below_adam_eps", "zero", "nonfinite")

@@ -1,13 +1,13 @@
-"""From arrays to a vector with one entry per slice, and back.
+"""Conversions of arrays to a vector with one entry per slice, and back.
 
-A statistic is such a vector, in the order of the tree, and so are the factors. Both
-directions are written for what XLA makes of them:
+A statistic is such a vector, in the order of the tree, and so are the factors. The code
+fits how XLA compiles both conversions:
 
 * Small arrays of one type are stacked and summed by one kernel, because the start of a
   kernel takes longer than the copy of some kilobytes.
-* On a TPU or a GPU one reduction takes all sums of an array in one read (`means`). For
-  a CPU XLA makes one loop per sum and would write out what the loops share: there each
-  sum has operands of its own (`means_in_loops`).
+* On a TPU or a GPU, `means` takes all sums of an array in one read by one reduction.
+  On a CPU, XLA makes one loop per sum and would write out what the loops share, so that
+  `means_in_loops` gives each sum operands of its own.
 * A GPU fuses the kernels of all arrays that read their factors from one vector, and
   the optimizer's kernels after them. A CPU compiles one kernel for all arrays of a
   shape, as long as no array has a constant place in the vector.
@@ -39,6 +39,14 @@ def places(leaves: Sequence[Leaf]) -> list[Indices]:
     return [np.arange(*ends[i : i + 2]) for i in range(len(leaves))]
 
 
+def per_slice(
+    leaves: Sequence[Leaf], value: Callable[[Leaf], npt.ArrayLike], dtype: Any
+) -> npt.NDArray[Any]:
+    """Repeats the values of each leaf for its slices, [slices, ...]."""
+    counts = np.array([leaf.num_slices for leaf in leaves], int)
+    return np.repeat([value(leaf) for leaf in leaves], counts, 0).astype(dtype)
+
+
 def means(
     functions: Sequence[Function], arrays: Sequence[jax.Array], leaves: Sequence[Leaf]
 ) -> list[jax.Array]:
@@ -47,7 +55,7 @@ def means(
     Args:
       functions: Elementwise functions of an array in the precision of the statistics.
       arrays: The arrays, at least one.
-      leaves: What is static about them.
+      leaves: The descriptions of the arrays.
 
     Returns:
       f[slices] for each function.
@@ -66,9 +74,9 @@ def means_in_loops(
     leaves: Sequence[Leaf],
     factors: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Takes the same means with a read of the arrays for each function.
+    """Takes the means of functions over each slice, in one read for each function.
 
-    With ``factors`` f[slices], a function's second argument is the array's own factor.
+    With ``factors`` f[slices], the second argument of a function is the slice's factor.
     """
     blocks = _block(arrays, leaves)
     arguments: list[list[jax.Array]] = [[] for _ in blocks.stacks]
@@ -93,9 +101,9 @@ def means_in_loops(
 def read(vector: jax.Array, leaves: tuple[Leaf, ...]) -> list[jax.Array]:
     """Splits a vector f[slices] into f[stack] for each leaf.
 
-    XLA for a CPU fuses a slice at a constant into whatever uses it, and then compiles a
-    kernel for every leaf. What comes out of a conditional is not a constant to XLA, and
-    one kernel serves all leaves of a shape.
+    XLA for a CPU fuses a slice at a constant position into whatever uses it, and then
+    compiles a kernel for every leaf. It does not treat the result of a conditional as a
+    constant, so that one kernel serves all leaves of a shape.
     """
     if not leaves:
         return []
@@ -124,7 +132,7 @@ def read(vector: jax.Array, leaves: tuple[Leaf, ...]) -> list[jax.Array]:
 
 
 def take(tree: Any, leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """Takes the arrays of these leaves, of NumPy arrays and Python numbers too."""
+    """Takes these leaves, and converts NumPy arrays and numbers to JAX arrays."""
     arrays = jax.tree.leaves(tree)
     return [jnp.asarray(arrays[leaf.position]) for leaf in leaves]
 
@@ -136,7 +144,7 @@ def multiply(tree: Any, leaves: tuple[Leaf, ...], factors: jax.Array) -> Any:
 
 
 def replace(tree: Any, leaves: Sequence[Leaf], arrays: Iterable[jax.Array]) -> Any:
-    """Puts other arrays in the places of these leaves."""
+    """Replaces these leaves by other arrays."""
     flat, treedef = jax.tree.flatten(tree)
     for leaf, array in zip(leaves, arrays, strict=True):
         flat[leaf.position] = array
@@ -144,7 +152,7 @@ def replace(tree: Any, leaves: Sequence[Leaf], arrays: Iterable[jax.Array]) -> A
 
 
 def concatenate(vectors: Sequence[jax.Array], block: int = 32) -> jax.Array:
-    """Joins vectors, in blocks: one operation takes quadratic time to compile."""
+    """Joins vectors in blocks, because XLA compiles one operation in quadratic time."""
     while len(vectors) > 1:
         vectors = [
             lax.concatenate(vectors[i : i + block], 0)
@@ -154,12 +162,12 @@ def concatenate(vectors: Sequence[jax.Array], block: int = 32) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """Arrays whose slices are summed, small ones of one type stacked."""
+    """Holds the arrays to sum over slices, with small ones of one type stacked."""
 
     stacks: list[jax.Array]
     num_stacked: list[int]  # how many leading axes of a stack index slices
-    places: list[Indices]  # of the slices of a stack, in a vector of all slices
-    sizes: npt.NDArray[np.int64]  # of each slice, in elements
+    places: list[Indices]  # the places of a stack's slices in a vector of all slices
+    sizes: npt.NDArray[np.int64]  # the number of elements of each slice
 
     def mean(self, sums: Sequence[jax.Array]) -> jax.Array:
         """Divides the sums of slices by their sizes, in the order of the tree."""
@@ -205,10 +213,10 @@ def _sums(
     arguments: Sequence[jax.Array],
     num_stacked: int,
 ) -> list[jax.Array]:
-    """Sums functions over each slice in wide precision: f[slices of the array] each.
+    """Sums functions over each slice in wide precision; each sum is f[slices].
 
-    One reduction has several operands: a GPU then adds up the results of its blocks in
-    one kernel too.
+    One reduction has several operands, so that a GPU also adds up the results of its
+    blocks in one kernel.
     """
     wide = array.astype(sum_dtype(array.dtype))
     values = [function(wide, *arguments) for function in functions]

@@ -1,4 +1,4 @@
-"""skip_spikes: does not take a step whose gradient or loss is an outlier."""
+"""skip_spikes: skips a step whose gradient or loss is an outlier."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from stablegrad_optax import _leaves, _slices, _statistics
 from stablegrad_optax._checks import require_number, require_scalar, with_extra_args
+from stablegrad_optax._conditional_step import Step, step_unless
 from stablegrad_optax._numerics import divide, mean_weights, widest_statistics_dtype
 
-# The deviation is taken as at least this share of the mean. Training without noise has
-# no deviation, and every rise would be a spike. During the warm-up the mean itself is
-# the floor, because the deviation of a few values says little.
+# The deviation counts as at least this share of the mean, because in training without
+# noise it is almost zero, and every rise would be a spike. During the warm-up the mean
+# itself is the floor, because the deviation of a few values is unreliable.
 DEVIATION_FLOOR = 0.01
 WARMUP_DEVIATION_FLOOR = 1.0
 # The warm-up judges no value before it has seen this many.
@@ -22,18 +22,19 @@ FIRST_JUDGED = 10
 
 
 class SkipSpikesState(NamedTuple):
-    """State of :func:`skip_spikes`; the statistics are (of the norm, of the loss).
+    """State of :func:`skip_spikes`.
 
-    Floats are float32, or float64 where the tree holds double precision leaves.
+    A vector has one entry for the gradient norm and one for the loss. Floats are
+    float32, or float64 where the tree holds double precision leaves.
     """
 
-    inner_state: optax.OptState  # as the last step that was taken left it
+    inner_state: optax.OptState  # after the last step that was taken
     mean: jax.Array  # f[2], running means, bias-corrected
     deviation: jax.Array  # f[2], running standard deviations about the means
     num_seen: jax.Array  # i32[2], how many values the statistics have seen
     num_skipped: jax.Array  # i32[], how many steps were skipped in all
     skipped_in_a_row: jax.Array  # i32[], how many were skipped since the last one taken
-    last_deviation: jax.Array  # f[], of the last step, in deviations; inf: not finite
+    last_deviation: jax.Array  # f[], (x - m) / s of the last step; inf if not finite
     last_skipped: jax.Array  # bool[], whether the last step was skipped
 
 
@@ -47,19 +48,18 @@ def skip_spikes(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step whose gradient norm or loss is not finite or is an outlier.
 
-    With x the norm of the whole gradient, m its running mean and d its running standard
-    deviation, a step is skipped where x is not finite or
-
     .. math::
 
-        x > m + k\,s, \qquad s = \max(d,\ |m| / 100), \qquad k = \text{max\_deviation}.
+        x > m + k\,s, \qquad s = \max(d,\ |m| / 100), \qquad k = \text{max\_deviation}
 
-    The loss is judged in the same way where ``update`` gets one:
-    ``update(grads, state, params, value=loss)``. A skipped step returns updates of zero
-    and leaves every state of ``inner`` bit for bit as it was. The **first**
-    ``warmup_steps`` **values** are judged by :math:`s = \max(d, |m|)`, from the tenth
-    on; clip the gradient as well (see the example) to bound the first ten. The
-    statistics see a limited value c, whether the step is skipped or not:
+    where x is the norm of the whole gradient, m its running mean and d its running
+    standard deviation. The loss is judged in the same way if ``update`` receives it:
+    ``update(grads, state, params, value=loss)``. A skipped step returns zero updates
+    and leaves the state of ``inner`` as it was.
+
+    The first ``warmup_steps`` values are judged by :math:`s = \max(d, |m|)`, from the
+    tenth on. Clip the gradient as well, as in the example, to bound the first ten. The
+    statistics see a limited value c, whether or not the step is skipped:
 
     .. math::
 
@@ -67,26 +67,25 @@ def skip_spikes(
         d^2 \leftarrow (1 - w)\,(d^2 + w\,(c - m)^2), \quad
         m \leftarrow (1 - w)\, m + w\, c
 
-    with :math:`w = 1 - \text{decay}`, corrected for the start at zero. A value of any
-    size and sign thus changes them little, a new level is followed after some steps,
-    and values that are not finite or exactly zero do not enter. The rule is **ours**;
-    it follows the skipping of steps in OLMo-core.
+    with :math:`w = 1 - \text{decay}`, corrected for the start at zero. Values that are
+    not finite or exactly zero do not enter. The rule is a choice of this package, after
+    the optimizers of OLMo-core that skip steps.
 
     Args:
-      inner: The optimizer, or any transformation. Its ``update`` gets all extra
-        arguments, ``value`` too.
-      max_deviation: k, above 1.
+      inner: The optimizer, or any transformation. Its ``update`` receives all extra
+        arguments, including ``value``.
+      max_deviation: The number of deviations k, above 1.
       decay: The decay of the running mean and deviation, in [0, 1).
       warmup_steps: After how many values a statistic judges by its deviation alone; at
         least 0.
       max_consecutive_skips: After so many skipped steps in a row the next step is
-        taken, **even if it is not finite**, as ``optax.apply_if_finite`` does; at least
-        1. Default: no limit, and a step that is not finite never reaches ``inner``.
+        taken, **even if it is not finite**, as in ``optax.apply_if_finite``; at least
+        1. Default: no limit, and ``inner`` never receives a step that is not finite.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`SkipSpikesState`. Read it
-      with :func:`health`. With data parallelism give it averaged gradients and losses;
-      every process then decides alike.
+      with :func:`health`. With data parallelism, pass averaged gradients and losses, so
+      that every process decides alike.
 
     Raises:
       ValueError: At construction for a number outside its range, or if ``inner`` is not
@@ -111,8 +110,8 @@ def skip_spikes(
       True 2
       False 0
 
-      Accumulate gradients inside of it. ``MultiSteps(skip_spikes(...))`` would keep a
-      NaN of one micro-batch in its accumulator and skip every later step:
+      Accumulate gradients inside ``skip_spikes``, because ``MultiSteps`` outside would
+      keep a NaN in its accumulator:
 
       >>> tx = skip_spikes(optax.MultiSteps(optax.adamw(1e-3), 4))
 
@@ -152,7 +151,8 @@ def skip_spikes(
         norms = _statistics.norms(_slices.take(updates, leaves), leaves)
         watched = [_statistics.global_norm(norms.astype(dtype))]
         if value is not None:
-            # A Python number may be NaN or negative here, unlike other arguments.
+            # `require_scalar` rejects Python numbers that are NaN or negative, but a
+            # loss may be either.
             loss = jnp.asarray(value) if isinstance(value, numbers.Real) else value
             watched.append(require_scalar("value", loss).astype(dtype))
             extra_args["value"] = value
@@ -160,11 +160,17 @@ def skip_spikes(
         if max_consecutive_skips is not None:
             is_spike &= state.skipped_in_a_row < jnp.asarray(max_consecutive_skips)
 
-        def step() -> tuple[optax.Updates, optax.OptState]:
+        def step() -> Step:
             return wrapped.update(updates, state.inner_state, params, **extra_args)
 
-        updates, inner_state = _step_unless(is_spike, step, state.inner_state)
-        return updates, _count(is_spike, state)._replace(inner_state=inner_state)
+        updates, inner_state = step_unless(is_spike, step, state.inner_state)
+        total, in_a_row = state.num_skipped, state.skipped_in_a_row
+        return updates, state._replace(
+            inner_state=inner_state,
+            num_skipped=jnp.where(is_spike, optax.safe_increment(total), total),
+            skipped_in_a_row=jnp.where(is_spike, optax.safe_increment(in_a_row), 0),
+            last_skipped=is_spike,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -192,8 +198,8 @@ def _judge(
     is_judged = seen >= jnp.minimum(warmup, FIRST_JUDGED)
     is_spike = is_given & (is_judged & (deviations > k) | ~is_finite)
 
-    # All of this stays finite for every finite x: a mean of two finite values is, and
-    # half their difference is. `k * s` may be infinite, which limits nothing.
+    # Every quantity below is finite for every finite x, because a weighted mean and
+    # half a difference of finite values are. An infinite `k * s` limits nothing.
     count = optax.safe_increment(state.num_seen)
     _, w = mean_weights(decay, count, dtype)
     c = jnp.where(has_scale, jnp.clip(x, m - k * s, m + k * s), x)
@@ -210,61 +216,3 @@ def _judge(
         num_seen=jnp.where(is_counted, count, state.num_seen),
         last_deviation=jnp.where(is_given, last, -jnp.inf).max(),
     )
-
-
-def _count(skipped: jax.Array, state: SkipSpikesState) -> SkipSpikesState:
-    total, in_a_row = state.num_skipped, state.skipped_in_a_row
-    return state._replace(
-        num_skipped=jnp.where(skipped, optax.safe_increment(total), total),
-        skipped_in_a_row=jnp.where(skipped, optax.safe_increment(in_a_row), 0),
-        last_skipped=skipped,
-    )
-
-
-def _step_unless(
-    skip: jax.Array, step: Any, old: optax.OptState
-) -> tuple[optax.Updates, optax.OptState]:
-    """Returns the updates and state of ``step()``, or zeros and the old state.
-
-    Outside ``jit`` the choice is Python's: a conditional of XLA on these closures would
-    be compiled at every call. Within it, a CPU gets the conditional, and accelerators
-    choose each entry within the optimizer's own loops.
-    """
-
-    def stay() -> tuple[optax.Updates, optax.OptState]:
-        # The dtypes are those of a step: moments that start in bfloat16 are float32
-        # after the first float32 gradient.
-        shapes, new = jax.eval_shape(step)
-        zeros = jax.tree.map(jnp.zeros_like, shapes)
-        return zeros, jax.tree.map(_cast_like, old, new)
-
-    def conditional() -> tuple[optax.Updates, optax.OptState]:
-        return lax.cond(
-            skip, lambda: _varying(skip, stay()), lambda: _varying(skip, step())
-        )
-
-    def select() -> tuple[optax.Updates, optax.OptState]:
-        updates, new = step()
-        return (
-            jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates),
-            jax.tree.map(
-                lambda new, old: jnp.where(skip, _cast_like(old, new), new), new, old
-            ),
-        )
-
-    if isinstance(skip, jax.core.Tracer):
-        return lax.platform_dependent(cpu=conditional, default=select)
-    return stay() if skip else step()
-
-
-def _cast_like(array: jax.Array, like: Any) -> jax.Array:
-    has_dtype = getattr(array, "dtype", like.dtype) == like.dtype
-    return array if has_dtype else array.astype(like.dtype)
-
-
-def _varying(skip: jax.Array, tree: Any) -> Any:
-    """Marks ``tree`` as device-varying wherever ``skip`` is.
-
-    Both branches of ``lax.cond`` must agree on it under ``shard_map``.
-    """
-    return jax.tree.map(lambda leaf: jnp.where(skip, leaf, leaf), tree)

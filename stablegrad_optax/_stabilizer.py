@@ -1,4 +1,4 @@
-"""GradientStabilizer: each leaf's gradient at a norm that its history sets."""
+"""GradientStabilizer: gives each array's gradient a norm that its history sets."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from stablegrad_optax._numerics import divide, mean_weights, weighted_mean
 
 
 class GradientStabilizerState(NamedTuple):
-    """State of :func:`gradient_stabilizer`: one vector per statistic.
+    """State of :func:`gradient_stabilizer`.
 
     A vector has one entry per slice of each chosen leaf, in the order of the tree;
     floats are float32, or float64 where the tree holds double precision leaves. Read
@@ -21,10 +21,10 @@ class GradientStabilizerState(NamedTuple):
     """
 
     norm_mean: jax.Array  # f[slices], running mean of the norm, bias-corrected
-    norm_rms: jax.Array  # f[slices], running root mean square of it, bias-corrected
-    num_accepted: jax.Array  # i32[slices], how many norms they have seen
+    norm_rms: jax.Array  # f[slices], running root mean square norm, bias-corrected
+    num_accepted: jax.Array  # i32[slices], the number of norms in the statistics
     scale_factors: jax.Array  # f[slices], 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
 
 
 @renamed(stacked_axes="num_stacked_axes")
@@ -139,12 +139,14 @@ def gradient_stabilizer(
         norm = jnp.where(accepted, norm, 1)
         count = optax.safe_increment(state.num_accepted)  # s
         seen = _limit(norm, state, max_norm_ratio)
-        # The state holds m / (1 - gamma1^s) and sqrt(v / (1 - gamma2^s)): v overflows.
+        # The state holds m / (1 - gamma1^s) and sqrt(v / (1 - gamma2^s)), because v
+        # itself may overflow.
         total1, weight1 = mean_weights(gamma1, count, grads.dtype)
         total2, weight2 = mean_weights(gamma2, count, grads.dtype)
         mean = weighted_mean(state.norm_mean, seen, weight1)
         rms = _root_mean_square(state.norm_rms, seen, weight2)
-        # Both corrections are 1 - gamma^s, undone for the ratio of the plain m and v.
+        # Without bias correction the ratio is that of m and v themselves, so that the
+        # factors 1 - gamma^s are restored.
         m, root_v = (1, 1) if bias_correction else (total1, jnp.sqrt(total2))
         floor = jnp.asarray(eps, grads.dtype)
         rho = _ratio(mean, rms, floor / root_v) * m / root_v
@@ -179,7 +181,7 @@ def _root_mean_square(rms: jax.Array, norm: jax.Array, weight: jax.Array) -> jax
     unit's inverse is a factor, because XLA merges divisions in a row, and what it then
     divides by leaves the range.
     """
-    rms = jnp.where(weight < 1, rms, 0)  # gamma2 = 0 forgets even a giant
+    rms = jnp.where(weight < 1, rms, 0)  # gamma2 = 0 forgets even a giant norm
     unit = _unit(jnp.maximum(rms, norm))
     old, new = rms * (1 / unit), norm * (1 / unit)
     root = jnp.sqrt(weighted_mean(old**2, new**2, weight))

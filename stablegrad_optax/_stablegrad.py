@@ -16,11 +16,11 @@ from stablegrad_optax._checks import (
 )
 from stablegrad_optax._numerics import divide
 
-REFERENCE_DECAY = 0.95  # of the running mean behind max_reference_growth
+REFERENCE_DECAY = 0.95  # the decay of the mean that max_reference_growth multiplies
 
 
 class StableGradState(NamedTuple):
-    """State of :func:`stablegrad`: one vector per statistic.
+    """State of :func:`stablegrad`.
 
     A vector has one entry per slice of each scaled leaf, in the order of the tree;
     its floats are float32, or float64 where the tree holds double precision leaves.
@@ -30,9 +30,9 @@ class StableGradState(NamedTuple):
     reference_std: jax.Array  # f[], the reference that the last update used
     grad_std: jax.Array  # f[slices], the spread that the factor divides by
     scale_factors: jax.Array  # f[slices], 1 before the first update
-    leaf_ids: jax.Array  # u32[slices], which leaf the slice belongs to
+    leaf_ids: jax.Array  # u32[slices], the id of each slice's leaf
     reference_mean: jax.Array  # f[], running mean of the reference, not bias-corrected
-    reference_count: jax.Array  # i32[], how many references it has seen
+    reference_count: jax.Array  # i32[], the number of references in the mean
 
 
 @renamed(stacked_axes="num_stacked_axes")

@@ -1,4 +1,4 @@
-"""The largest step by which a plain step along a direction decreases the loss."""
+"""The largest learning rate at which a plain step decreases the loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,52 +16,51 @@ PyTree = Any
 def local_decrease_bound(
     loss_fn: Callable[[PyTree], jax.Array], params: PyTree, direction: PyTree
 ) -> jax.Array:
-    r"""The largest learning rate at which a plain step still decreases the loss.
+    r"""Computes the largest learning rate at which a plain step decreases the loss.
 
-    For the step :math:`\theta - \eta d` the local quadratic model of the loss,
+    .. math::
+
+        \eta_{max} = \frac{2 \, g^\top d}{d^\top H d}
+
+    For the step :math:`\theta - \eta d`, the local quadratic model of the loss with the
+    gradient :math:`g` and the Hessian :math:`H`,
 
     .. math::
 
         L(\theta - \eta d) \approx
             L(\theta) - \eta \, g^\top d + \tfrac{1}{2} \eta^2 \, d^\top H d ,
 
-    with gradient :math:`g` and Hessian :math:`H`, lies below :math:`L(\theta)` for
-    :math:`0 < \eta < \eta_{max}`,
+    lies below :math:`L(\theta)` for :math:`0 < \eta < \eta_{max}`, and is lowest at
+    :math:`\eta_{max} / 2`. The bound is exact for a quadratic loss. It holds for the
+    plain step of ``optax.sgd``, not for Adam after a scaled gradient.
 
-    .. math::
+    The paper of StableGrad has a theorem of local decrease for the scaled gradient
+    :math:`d = P g`, whose text was not available to this project. The bound above is a
+    choice of this package.
 
-        \eta_{max} = \frac{2 \, g^\top d}{d^\top H d} ,
-
-    and is lowest at half of it. **The paper's** is a theorem of local decrease
-    for the direction d = P g of the scaled gradient, of which we know the title.
-    **Ours** is this bound: for a loss with curvature at most :math:`\beta` it
-    follows that every :math:`\eta < 2 g^\top P g / (\beta \|P g\|^2)` decreases the
-    loss; here the curvature along d takes the place of :math:`\beta`. It is exact
-    for a quadratic loss and a local statement otherwise. It speaks of the plain step,
-    as ``optax.sgd`` takes it, not of Adam fed with P g.
-
-    It costs one Hessian-vector product: about two gradients in time and memory.
+    The function costs one Hessian-vector product, about two gradients in time and
+    memory.
 
     Args:
-      loss_fn: The loss as a function of the parameters alone, returning f[]. Bind data
-        with a ``lambda`` or ``functools.partial``.
-      params: The parameters, any pytree; real or complex.
+      loss_fn: The loss f[] as a function of the parameters alone. Bind the data with a
+        ``lambda`` or ``functools.partial``.
+      params: The parameters, any pytree of real or complex arrays.
       direction: What the step subtracts, in the structure of ``params``: the gradient,
-        or the updates of :func:`~stablegrad_optax.stablegrad` (before a learning rate
-        turns their sign). Leaves that are ``None`` or ``optax.MaskedNode`` stand
-        still, as in the gradients of Equinox.
+        or the updates of :func:`~stablegrad_optax.stablegrad` before the learning rate
+        turns their sign. Parameters whose direction is ``None`` or
+        ``optax.MaskedNode`` are constants, as in the gradients of Equinox.
 
     Returns:
-      f[], float32, or float64 where a leaf has double precision. Infinite where the
-      curvature along ``direction`` is not positive, 0 where ``direction`` does not
-      descend to first order, NaN where the gradient is not finite.
+      f[], float32, or float64 where an array has double precision. It is infinite if
+      the curvature along ``direction`` is not positive, 0 if ``direction`` does not
+      descend to first order, and NaN if the gradient is not finite.
 
     Raises:
-      ValueError: If ``direction`` has another structure than ``params``, or a leaf of
+      ValueError: If ``direction`` has another structure than ``params``, or an array of
         another shape.
 
     Examples:
-      For the loss :math:`a x^2 / 2` the gradient step overshoots beyond 2 / a:
+      For the loss :math:`a x^2 / 2` the bound is :math:`2 / a`:
 
       >>> import jax, jax.numpy as jnp
       >>> from stablegrad_optax.theory import local_decrease_bound
@@ -70,7 +69,7 @@ def local_decrease_bound(
       >>> print(local_decrease_bound(loss_fn, params, jax.grad(loss_fn)(params)))
       0.5
 
-      The scaled gradient of a network::
+      For the scaled gradient of a network::
 
         grads = jax.grad(loss_fn)(params)
         updates, _ = tx.update(grads, tx.init(params))  # tx = stablegrad()
@@ -88,8 +87,8 @@ def local_decrease_bound(
         return jnp.zeros(())
     direction = [step for step in steps if step is not None]
 
-    # With the direction at unit scale, g d and d H d neither under- nor overflow for
-    # gradients that have vanished or exploded.
+    # The direction is scaled to entries of at most 1, because otherwise g d and d H d
+    # would under- or overflow for gradients that have vanished or exploded.
     dtype = widest_statistics_dtype(step.dtype for step in direction)
     sizes = [jnp.max(jnp.abs(step), initial=0).astype(dtype) for step in direction]
     invertible = float(jnp.finfo(dtype).max) / 16
@@ -107,7 +106,7 @@ def local_decrease_bound(
 
 
 def _steps(params: PyTree, direction: PyTree) -> list[Any]:
-    """The direction of each leaf of params, None where it stands still."""
+    """Returns the direction of each parameter, None for a constant."""
     treedef: Any = jax.tree.structure(params)
     try:
         nodes = treedef.flatten_up_to(direction)
@@ -118,24 +117,24 @@ def _steps(params: PyTree, direction: PyTree) -> list[Any]:
         ) from error
     steps = []
     for leaf, node in zip(jax.tree.leaves(params), nodes, strict=True):
-        found = jax.tree.leaves(node)
-        if found and (len(found) > 1 or np.shape(found[0]) != np.shape(leaf)):
+        arrays = jax.tree.leaves(node)
+        if arrays and (len(arrays) > 1 or np.shape(arrays[0]) != np.shape(leaf)):
             raise ValueError(
                 "direction must have a leaf of the same shape for each of params; got "
-                f"{[np.shape(x) for x in found]} for {np.shape(leaf)}."
+                f"{[np.shape(x) for x in arrays]} for {np.shape(leaf)}."
             )
-        moves = found and jnp.issubdtype(jnp.result_type(found[0]), jnp.inexact)
-        steps.append(jnp.asarray(found[0]) if moves else None)
+        moves = arrays and jnp.issubdtype(jnp.result_type(arrays[0]), jnp.inexact)
+        steps.append(jnp.asarray(arrays[0]) if moves else None)
     return steps
 
 
 def _inner(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
-    """The derivative along ys that the gradient xs stands for, summed in dtype."""
+    """Computes the derivative along ys from the gradient xs, summed in dtype."""
 
-    def of_leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+    def inner(x: jax.Array, y: jax.Array) -> jax.Array:
         real = jnp.sum(x.real.astype(dtype) * y.real.astype(dtype))
         if jnp.iscomplexobj(x):  # jax.grad holds dL/d(re) - i dL/d(im)
             real -= jnp.sum(x.imag.astype(dtype) * y.imag.astype(dtype))
         return real
 
-    return jnp.sum(jnp.stack([of_leaf(x, y) for x, y in zip(xs, ys, strict=True)]))
+    return jnp.sum(jnp.stack([inner(x, y) for x, y in zip(xs, ys, strict=True)]))

@@ -26,7 +26,7 @@ _RATE_NOTE = (
 
 
 class Stage:
-    """The programs of one transformation: its initial state and one update.
+    """Holds the programs of one transformation: its initial state and one update.
 
     The gradient is not a part of them, so that it is compiled once for all optimizers.
     The last stage of an optimizer also applies the updates.
@@ -85,9 +85,10 @@ class Stage:
 
 
 class Trainer:
-    """One optimizer; tracing finds its errors at once, and training compiles it.
+    """Trains with one optimizer.
 
-    ``stages`` holds the programs that several optimizers share.
+    The constructor traces the optimizer, which finds its errors, and the first training
+    compiles it. ``stages`` holds the programs that several optimizers share.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Trainer:
                 )
             params = output
             losses.append(loss)
-            if step == 0:  # this one compiles
+            if step == 0:  # the first step includes compilation
                 jax.block_until_ready(params)
                 clock = time.perf_counter()
         jax.block_until_ready(params)
@@ -186,7 +187,7 @@ def _trains_elsewhere(node: Any) -> bool:
 def _evaluation_params(state: Any, params: PyTree) -> PyTree:
     is_sam = isinstance(state, optax.contrib.SAMState)
     points = state.cache if is_sam else state.z
-    if is_sam and points is None:  # both points lie within one update
+    if is_sam and points is None:  # SAM takes both steps within one update
         return evaluation_params(state.opt_state, params)
     structure: Any = jax.tree.structure(points)
     if structure != jax.tree.structure(params):

@@ -12,7 +12,7 @@ from stablegrad_optax._leaves import describe
 
 PyTree = Any
 
-_SCORE_BATCHES = 8  # of the default score
+_SCORE_BATCHES = 8  # the number of batches of the default score
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Problem:
 
 
 class Programs:
-    """The functions of a problem that every optimizer uses, compiled once.
+    """Compiles the functions of a problem that every optimizer uses.
 
     ``width`` runs are side by side in each call. A program is freed with this object.
     """
@@ -95,7 +95,7 @@ class Programs:
     def __init__(self, problem: Problem, key: jax.Array, width: int):
         self.problem, self.width = problem, width
         self._keys, score_key = jax.random.split(key)
-        self._params: dict[int, PyTree] = {}  # on the host, by seed
+        self._params: dict[int, PyTree] = {}  # initial parameters by seed, on the host
 
         def gradient(
             params: PyTree, key: jax.Array, step: jax.Array, data: PyTree
@@ -198,7 +198,7 @@ def _require_floating(params: PyTree) -> None:
         dtype = getattr(leaf, "dtype", type(leaf))
         try:
             is_floating = bool(jnp.issubdtype(dtype, jnp.inexact))
-        except TypeError:  # the type of a function, for example
+        except TypeError:  # the leaf is no array, but a function, for example
             is_floating = False
         if not is_floating:
             name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -20,6 +20,7 @@ from stablegrad_optax import (
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     normalize_by_leaf_norm,
+    scale_by_soap,
     skip_spikes,
     stablegrad,
 )
@@ -27,23 +28,26 @@ from stablegrad_optax import (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One way to call one factory, and what is true of the transformation.
+    """Describes one call of a factory, and the properties of the transformation.
 
     Attributes:
-        name: of the test.
-        factory: of the transformation.
-        kwargs: what it is called with.
-        extra_args: what `update` is given beside gradients, state and parameters.
-        static_args: what `optax.inject_hyperparams` must be told is structural.
-        numerical_floors: the arguments that safety must not depend on.
-        lowest_exponent: gradients of 2^lowest_exponent are large beside the floors.
-        degree: from a fresh state, scaling the gradient by c scales a weight's update
-            by c^degree; None: by neither.
-        is_idempotent: a second application, from a fresh state, changes nothing.
-        is_layerwise: a layer's update depends on that layer's gradient alone.
-        is_wrapper: it wraps an optimizer, and its own statistics belong to no array.
-        converges: the problems that SGD with a decaying rate solves behind it. Mean
-            removal cannot reach an optimum off the mean that a weight starts with.
+        name: The name in the tests' ids.
+        factory: The function that makes the transformation.
+        kwargs: Its keyword arguments.
+        extra_args: The extra arguments of `update`.
+        static_args: The structural arguments for `optax.inject_hyperparams`.
+        numerical_floors: The arguments on which safety must not depend.
+        lowest_exponent: Gradients of 2^lowest_exponent are much larger than the floors.
+        degree: From a fresh state, a gradient scaled by c gives a weight's update
+            scaled by c^degree. None if no degree fits.
+        is_idempotent: A second application, from a fresh state, changes nothing.
+        is_layerwise: A layer's update depends on that layer's gradient alone.
+        is_wrapper: The transformation wraps an optimizer, and its own statistics belong
+            to no array.
+        converges: The problems that SGD with a decaying rate solves after the
+            transformation. Mean removal keeps the mean that a weight starts with.
+        has_moments: The state holds moments in the shape of the parameters, as Adam's
+            does. It has no mask and no scale factors, and does not forget NaN.
     """
 
     name: str
@@ -58,9 +62,10 @@ class Case:
     is_layerwise: bool = True
     converges: tuple[str, ...] = ("parabola", "rosenbrock", "matrix")
     is_wrapper: bool = False
+    has_moments: bool = False
 
     def make(self, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        """The transformation, with some arguments replaced."""
+        """Makes the transformation, with some arguments replaced."""
         return self.factory(**{**self.kwargs, **kwargs})
 
     @functools.cached_property
@@ -74,12 +79,12 @@ class Case:
         return jax.jit(functools.partial(self.tx.update, **self.extra_args))
 
     def first_update(self, grads: Any) -> Any:
-        """The updates that a fresh state gives, as NumPy arrays."""
+        """Returns the updates that a fresh state gives, as NumPy arrays."""
         return jax.tree.map(np.asarray, self.update(grads, self.tx.init(grads))[0])
 
 
 def stacked_by_name(tree: Any) -> Any:
-    """How many axes of a leaf are stacked: one where its path says "stack"."""
+    """Returns one stacked axis for each leaf whose path contains "stack"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: int("stack" in jax.tree_util.keystr(path)), tree
     )
@@ -93,7 +98,7 @@ def skip_spikes_around(
     mask: Any = None,
     num_stacked_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Of stablegrad, which has a state, a mask and stacked axes."""
+    """Wraps stablegrad, which has a state, a mask and stacked axes."""
     inner = stablegrad(mask=mask, num_stacked_axes=num_stacked_axes)
     return skip_spikes(inner, max_deviation, decay=decay, warmup_steps=warmup_steps)
 
@@ -207,9 +212,18 @@ CASES = [
         is_layerwise=False,
         is_wrapper=True,
     ),
+    Case("soap", scale_by_soap, has_moments=True),
+    Case(
+        "soap-stacked",
+        scale_by_soap,
+        {"num_stacked_axes": stacked_by_name, "precondition_frequency": 1},
+        static_args=("num_stacked_axes",),
+        has_moments=True,
+    ),
 ]
 
-TRANSFORMATIONS = [case for case in CASES if not case.is_wrapper]
+# What has a mask, scale factors, and statistics of its own arrays.
+TRANSFORMATIONS = [c for c in CASES if not c.is_wrapper and not c.has_moments]
 each_transformation = pytest.mark.parametrize(
     "case", TRANSFORMATIONS, ids=lambda case: case.name
 )
@@ -220,6 +234,17 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 METHODS = list({case.factory: case for case in reversed(CASES)}.values())[::-1]
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 
+# What changes the scale of gradients and has no moments of its own.
+SCALING_CASES, SCALING_METHODS = (
+    [case for case in cases if not case.has_moments] for cases in (CASES, METHODS)
+)
+each_scaling_case = pytest.mark.parametrize(
+    "case", SCALING_CASES, ids=lambda case: case.name
+)
+each_scaling_method = pytest.mark.parametrize(
+    "case", SCALING_METHODS, ids=lambda case: case.name
+)
+
 SHAPES = {
     "hidden": {"bias": (3,), "kernel": (4, 3)},
     "norm": {"scale": (3,)},
@@ -228,7 +253,7 @@ SHAPES = {
 
 
 def gradients(seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
-    """Normal gradients of a layer, a norm without a weight, and two stacked layers."""
+    """Returns gradients of a layer, a norm without a weight, and two stacked layers."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(scale * (rng.normal(size=shape) + 0.3), dtype),
@@ -238,12 +263,12 @@ def gradients(seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> An
 
 
 def is_weight(path: Any) -> bool:
-    """Whether a path into `gradients()` leads to a weight."""
+    """Tells whether a path into `gradients()` leads to a weight."""
     return "kernel" in jax.tree_util.keystr(path)
 
 
 def assert_trees_close(actual: Any, expected: Any, **tolerances: float) -> None:
-    """Same structure, dtypes and shapes, and values to 1e-6 unless told otherwise."""
+    """Compares structure, dtypes and shapes, and values to 1e-6 or `tolerances`."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
@@ -253,5 +278,5 @@ def assert_trees_close(actual: Any, expected: Any, **tolerances: float) -> None:
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """The same to the last bit."""
+    """Compares structure, dtypes and shapes, and values to the last bit."""
     assert_trees_close(actual, expected, rtol=0, atol=0)

@@ -7,14 +7,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_runtest_setup(item):
-    """Older versions compute the same at a higher cost: bounds on it are skipped."""
+    """Skips bounds on the cost for older versions, which compute the same."""
     if item.get_closest_marker("recent_xla") and jax.__version_info__ < (0, 10):
         pytest.skip(f"XLA of jax {jax.__version__} fuses less on a CPU than 0.10's")
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Skip most of XLA's optimizations.
+    """Skips most of XLA's optimizations.
 
     The benchmarks' programs and the manual's snippets take longer to compile than the
     tests run them. Tests of the package do without this: they meet what users meet.

@@ -1,4 +1,4 @@
-"""Where the tests find the reference data, which the repository does not hold."""
+"""Paths of the reference data, which the repository does not hold."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ _BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
 
 def reference_file(name: str) -> Path:
-    """The file `name` below $STABLEGRAD_DATA or ../shared/data; else skip the test."""
+    """Returns a file of $STABLEGRAD_DATA or ../shared/data, or skips the test."""
     folder = Path(os.environ.get("STABLEGRAD_DATA", _BESIDE_THE_REPOSITORY))
     path = folder / name
     if not path.exists():

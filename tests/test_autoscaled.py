@@ -13,7 +13,7 @@ from stablegrad_optax._autoscaled import gradient_autoscaled_normalization
 
 
 class Reference:
-    """Our reading of the rule, line by line, in float64."""
+    """Computes the rule line by line in float64."""
 
     def __init__(self, autoscale="tanh", exponent=None):
         self.f = {"tanh": np.tanh, "none": lambda std: 1.0}.get(autoscale, autoscale)
@@ -41,7 +41,7 @@ def fresh(tree):
 
 
 def alphas(stds, *args, **kwargs):
-    """The factor of each step of a run, for gradients with these deviations."""
+    """Returns the factor of each step, for gradients with these deviations."""
     signs = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
     state, out = fresh(signs), []
     for std in stds:
@@ -186,7 +186,7 @@ def test_range(scale):
 
 
 def test_the_layout_does_not_matter():
-    """Flax's HWIO and IO against PyTorch's OIHW and OI."""
+    """Flax's HWIO and IO give the same updates as PyTorch's OIHW and OI."""
     rng = np.random.default_rng(0)
     flax = {
         "conv": jnp.array(rng.normal(size=(3, 3, 4, 5)) + 1, jnp.float32),
@@ -214,7 +214,7 @@ def test_autoscale_none_is_mean_removal_alone():
 
 
 def test_a_callable_may_underflow():
-    """To 0: no scale that could fix the exponent, and an honest 0 after it."""
+    """An underflow to 0 does not fix the exponent, and gives 0 after it is fixed."""
     np.testing.assert_allclose(
         alphas([1e-30, 1e-2, 1e-30], lambda std: std * std), [0, 1 / np.e, 0], rtol=1e-5
     )

@@ -46,7 +46,7 @@ def test_optimizers_make_a_finite_first_step(name):
     one, two = first_updates(name, 0.3, 0.6)
     for update in jax.tree.leaves(one):
         assert jnp.isfinite(update).all()
-        assert update.any() or optimizer.base.startswith("SOAP")  # which looks
+        assert update.any() or optimizer.base.startswith("SOAP")  # looks first
     ratio = 2.0 if any(probe in name for probe in PROBES) else 1.0
     close(two["kernel"], ratio * one["kernel"])
 

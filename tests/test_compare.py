@@ -18,13 +18,14 @@ from flax import nnx
 from scipy import stats
 
 from stablegrad_optax import compare_optimizers, default_optimizers
-from stablegrad_optax._comparison import Comparison, OptimizerRuns, compare
+from stablegrad_optax._comparison import Comparison, compare
 from stablegrad_optax._optimizers import (
     complexity,
     learning_rates_by_name,
     next_rate,
 )
 from stablegrad_optax._ranking import choose_rate, rank_test, seeds_to_decide
+from stablegrad_optax._runs import OptimizerRuns
 from stablegrad_optax._training import Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -371,7 +372,7 @@ def test_negative_scores_have_a_tolerance_too():
 
 
 def test_the_order_of_complexity():
-    names = [*default_optimizers(), "SOAP", "clip + SOAP", "my own"]
+    names = [*default_optimizers(), "StableGrad + SOAP", "my own"]
     assert sorted(reversed(names), key=complexity) == names
     assert complexity("SGD") < complexity("momentum") < complexity("Adam")
 
@@ -584,7 +585,7 @@ def test_the_gradient_is_traced_once_and_each_part_of_a_chain_once(monkeypatch):
     # One trace for the gradient and one for the score.
     assert len(traces) == 2
     # AdamW twice and Muon; clipping, normalizing, and StableGrad.
-    assert len(stages) == 6
+    assert len(stages) == 7
 
 
 def test_nothing_stays_alive():

@@ -1,4 +1,4 @@
-"""What optax's own suites ask of a transformation, of every method."""
+"""Properties that Optax's own test suites check, for every method of this package."""
 
 import functools
 import re
@@ -16,6 +16,8 @@ from cases import (
     assert_trees_equal,
     each_case,
     each_method,
+    each_scaling_case,
+    each_scaling_method,
     each_transformation,
     gradients,
 )
@@ -93,7 +95,7 @@ def test_state_keeps_structure_shapes_and_dtypes(case):
     assert len({field.unsafe_buffer_pointer() for field in fields}) == len(fields)
 
 
-@each_case
+@each_scaling_case
 def test_state_is_one_vector_per_statistic(case):
     """A params-shaped tree of scalars breaks sharding metadata."""
     few, many = gradients(), {str(i): gradients() for i in range(3)}
@@ -123,7 +125,7 @@ def test_no_array_is_made_before_init(case):
     del tx
 
 
-@each_method
+@each_scaling_method
 def test_map_params_leaves_the_statistics_alone(case):
     tx = optax.chain(case.tx, optax.adam(1e-3))
     grads = gradients()
@@ -198,9 +200,11 @@ def test_inject_hyperparams_equals_plain(case):
     for seed in (0, 1, 2):
         updates, state = step(gradients(seed), state)
         expected, plain = case.update(gradients(seed), plain)
-        # The hyperparameters are float32: 1 - 0.999 is right to 1.7e-5.
-        assert_trees_close(updates, expected, rtol=2e-5)
-    assert_trees_close(state.inner_state, plain, rtol=2e-5)
+        # The hyperparameters are float32: 1 - 0.999 is right to 1.7e-5. Entries of a
+        # rotated matrix are sums, which may be near zero.
+        close = {"rtol": 2e-5, "atol": 1e-5 if case.has_moments else 1e-12}
+        assert_trees_close(updates, expected, **close)
+    assert_trees_close(state.inner_state, plain, **close)
 
 
 @each_method
@@ -223,7 +227,7 @@ DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_case
 def test_dtype_is_preserved(case, dtype):
-    """That of the gradients; statistics of 16 bits are kept in float32."""
+    """Updates have the gradients' dtype; statistics of 16 bits are kept in float32."""
     with jax.enable_x64(jnp.dtype(dtype).itemsize * 8 in (64, 128)):
         grads = jax.eval_shape(lambda: gradients(dtype=dtype))
         state = jax.eval_shape(case.tx.init, grads)
@@ -248,7 +252,8 @@ def test_mixed_precision_trees(case):
         chex.assert_trees_all_equal_dtypes(updates, mixed)
         fields = jax.tree.leaves(state)
         floats = [x for x in fields if jnp.issubdtype(x.dtype, jnp.floating)]
-        assert {x.dtype for x in floats} <= {jnp.dtype("float64")}
+        if not case.has_moments:  # a moment has the precision of its own leaf
+            assert {x.dtype for x in floats} <= {jnp.dtype("float64")}
         alone, _ = case.update(wide, case.tx.init(wide))
         for name, dtype in dtypes.items():
             # bfloat16 has 8 bits, which a global statistic hands on to all leaves.
@@ -521,7 +526,7 @@ def test_no_private_import_of_optax_and_no_front_end_in_the_package():
 
 
 def registry_table():
-    """The registry as tests/README.md lists it."""
+    """Returns the registry as tests/README.md lists it."""
 
     def call(case):
         arguments = [

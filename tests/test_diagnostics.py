@@ -121,7 +121,7 @@ def norms(tree):
 
 
 def larger(by):
-    """The gradients with one of the three slices of a leaf larger."""
+    """Returns the gradients with one of the three slices of a leaf enlarged."""
     factors = jnp.array([by, 1, 1])[:, None, None]
     return {**GRADS, "stack": {"kernel": GRADS["stack"]["kernel"] * factors}}
 

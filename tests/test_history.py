@@ -12,7 +12,7 @@ from stablegrad_optax import clip_by_history, scale_factors
 
 
 class Reference:
-    """AdaGC's Algorithm 1 line by line in float64, with our edges."""
+    """Computes AdaGC's Algorithm 1 in float64, with this package's edges."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ def updater(**kwargs):
 
 
 def run(norms, **kwargs):
-    """The norms that a sequence of one-element gradients comes out with."""
+    """Returns the norms of the updates for a sequence of one-element gradients."""
     tx = clip_by_history(**kwargs)
 
     def step(state, norm):
@@ -129,7 +129,7 @@ def test_it_never_enlarges():
 
 
 def steps_to_follow(rise, **kwargs):
-    """Until a lasting rise passes whole."""
+    """Counts the steps until a lasting rise of the norm passes unclipped."""
     out = run(np.r_[np.ones(101), np.full(20_000, rise)], **kwargs)[101:]
     return 1 + int(np.argmax(out >= rise * (1 - 1e-6)))
 
@@ -163,7 +163,7 @@ def test_a_leaf_that_the_warmup_never_saw_starts_from_its_first_norm():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("num_steps", [0, 5], ids=["warming", "warm"])
 def test_a_leaf_that_is_not_finite_harms_itself_alone(bad, num_steps):
-    """In the warm-up too, whose norm is of all leaves."""
+    """This holds in the warm-up too, whose norm is that of all leaves."""
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
     tx = clip_by_history(warmup_steps=3)
     state = tx.init(grads)
@@ -200,7 +200,7 @@ def test_factors_and_what_was_limited():
 
 
 def test_after_adam_it_bounds_the_update():
-    """Where a tiny second moment meets an ordinary gradient, Adam steps 30 times."""
+    """Adam takes a 30 times larger step where a gradient follows tiny ones."""
     tx = optax.chain(optax.scale_by_adam(), clip_by_history(warmup_steps=0))
     grads = np.full(200, 1e-6)
     grads[-1] = 1.0

@@ -16,7 +16,7 @@ KEY = jax.random.key(7)
 
 
 def shapes(shape, dtype, key=None):
-    """An initializer whose draws say which shape it was asked for."""
+    """Fills an array with numbers that show the requested shape."""
     return jnp.full(shape, np.prod(shape[:-1]), dtype)
 
 

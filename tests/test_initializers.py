@@ -31,7 +31,7 @@ each_activation = pytest.mark.parametrize(
 
 
 def gain(activation, shape=(4, 3), fan_in=4, **kwargs):
-    """The factor on jax.random.normal's draws, which the weights are to be."""
+    """Returns the factor of the weights on the draws of jax.random.normal."""
     key = jax.random.key(0)
     weights = np.asarray(activation_aware_normal(activation, **kwargs)(key, shape))
     factor = weights / np.asarray(jax.random.normal(key, shape)) * fan_in**0.5
@@ -40,7 +40,7 @@ def gain(activation, shape=(4, 3), fan_in=4, **kwargs):
 
 
 def expectation(function, sigma):
-    """E[function(z)], z ~ N(0, sigma^2), by adaptive quadrature in float64."""
+    """Computes E[function(z)], z ~ N(0, sigma^2), by adaptive quadrature in float64."""
 
     def integrand(z):
         return function(sigma * z) * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
@@ -238,7 +238,7 @@ def test_gelu_has_no_stable_point_by_an_independent_search():
 
 
 def forward(activation, num_layers=50, width=512, num_inputs=32):
-    """The second moment of each layer's activations, from standardized inputs."""
+    """Returns the second moment of each layer's activations for standard inputs."""
     first = activation_aware_normal(activation, input_second_moment=1.0)
     hidden = activation_aware_normal(activation)
 
@@ -259,17 +259,18 @@ def forward(activation, num_layers=50, width=512, num_inputs=32):
 
 @pytest.mark.parametrize("activation", [jnp.tanh, jnp.sin, jax.nn.selu])
 def test_fifty_layers_keep_the_second_moment(activation):
-    """Those that forget the random factors of a finite width, in every layer."""
+    """These activations forget the random factors of a finite width in every layer."""
     np.testing.assert_allclose(forward(activation), STATED[activation][0], rtol=0.1)
 
 
 @each_activation
 def test_each_layer_maps_the_stationary_state_to_itself(activation):
-    """What holds for all activations: the level is a fixed point of one layer.
+    """The stationary second moment is a fixed point of one layer.
 
-    Independent layers of width 512, each fed with activations in the stationary state.
-    A layer alone differs by up to sqrt(c / 512) = 11 % (the docstring's notes); inputs
-    that share no direction and four layers average that down to about 1 %.
+    Each of several independent layers of width 512 receives activations in the
+    stationary state. A single layer may differ by up to sqrt(c / 512) = 11 %, because
+    its width is finite. Inputs that share no direction and four layers average this
+    difference down to about 1 %.
     """
     sigma = gain(activation, input_second_moment=1.0)
     init = activation_aware_normal(activation)

@@ -47,7 +47,7 @@ def apply_mlp(params, x):
 
 @functools.cache
 def scaled_problem():
-    """In float64, an MLP's loss, its gradient, and what StableGrad makes of it."""
+    """Returns an MLP's loss in float64, its gradient and the scaled gradient."""
     params = mlp(jax.random.key(0))
     x, target = jax.random.normal(jax.random.key(1), (2, 5, 3))
     target = target[:, :2]
@@ -66,7 +66,7 @@ jit_bound = jax.jit(local_decrease_bound, static_argnums=0)
 
 
 def explicit_kernel(apply_fn, params, inputs, factors):
-    """J P J^T with every matrix written out, in NumPy."""
+    """Computes J P J^T in NumPy with every matrix written out."""
     outputs = np.ravel(apply_fn(params, inputs))
     jacobian_of = jax.jacrev(lambda params: apply_fn(params, inputs).ravel())
     jacobians = jax.jit(jacobian_of)(params)
@@ -159,15 +159,15 @@ def test_kernel_of_complex_parameters(x64):
     w = jax.random.normal(jax.random.key(0), (3, 2))
     x = jax.random.normal(jax.random.key(1), (4, 3))
 
-    def of_parts(params, x):
+    def real_outputs(params, x):
         return jnp.abs(x @ jax.lax.complex(*params)) ** 2
 
-    def of_complex(params, x):
+    def complex_outputs(params, x):
         return jnp.abs(x @ params["w"]) ** 2
 
-    expected = jit_kernel(of_parts, [w, 2 * w], x, {"0": 3.0, "1": 3.0})
+    expected = jit_kernel(real_outputs, [w, 2 * w], x, {"0": 3.0, "1": 3.0})
     params = {"w": jax.lax.complex(w, 2 * w)}
-    kernel = jit_kernel(of_complex, params, x, {"w": 3.0})
+    kernel = jit_kernel(complex_outputs, params, x, {"w": 3.0})
     np.testing.assert_allclose(kernel, expected, rtol=1e-10)
 
 
@@ -178,7 +178,7 @@ class Linen(nn.Module):
 
 
 def linear_model(front_end):
-    """A linear layer: its function, its parameters and the name of its kernel."""
+    """Returns a linear layer's function, its parameters and the name of its kernel."""
     if front_end == "linen":
         params = Linen().init(jax.random.key(0), jnp.ones((1, 3)))
         return Linen().apply, params, "params/Dense_0/kernel"
@@ -199,7 +199,7 @@ each_front_end = pytest.mark.parametrize(
 
 @each_front_end
 def test_parameters_of_any_kind(front_end):
-    """Of a linear layer K = (p x x^T + 1) I, whatever holds its weights."""
+    """The kernel of a linear layer is (p x x^T + 1) I in every framework."""
     apply_fn, params, name = linear_model(front_end)
     x = jnp.array([[1.0, 2.0, -1.0]])
     kernel = eqx.filter_jit(effective_kernel)(apply_fn, params, x, {name: 10.0})

@@ -1,4 +1,4 @@
-"""What every notebook has; `make notebooks` runs them."""
+"""Properties of every notebook; `make notebooks` runs them."""
 
 import re
 from pathlib import Path

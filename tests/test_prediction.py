@@ -20,7 +20,7 @@ sigma_of = jax.jit(prediction_grad_std)
 
 
 def true_std(*arrays):
-    """About the common mean of all entries, in float64 or complex128."""
+    """Computes the std about the common mean of all entries in double precision."""
     dtype = complex if any(map(np.iscomplexobj, arrays)) else float
     flat = np.concatenate([np.ravel(a).astype(dtype) for a in arrays])
     largest = np.max(np.abs(flat)) or 1.0
@@ -106,7 +106,7 @@ def measured(per_example):
 
 
 def test_per_example_form_does_not_depend_on_the_batch_size():
-    """From 8 examples to 512; the literal form goes as 1/batch."""
+    """The reference is equal for 8 to 512 examples; without the factor it is not."""
     params, x, target = regression(512)
     whole = measured(per_example=True)(params, x, target)[2]
     for size in (8, 32, 128, 512):
@@ -252,7 +252,7 @@ NETWORK = Network(depth=2, width=8)
 
 @functools.cache
 def pinn(name):
-    """A problem, parameters and points."""
+    """Returns a problem, parameters and points."""
     problem = PROBLEMS[name]()
     params = jax.jit(NETWORK.init)(jax.random.key(0))
     return problem, params, jax.jit(problem.sample)(jax.random.key(1))
@@ -321,7 +321,7 @@ def test_residual_probe_sees_every_term_at_its_weight(name):
 
 @pytest.mark.parametrize("name", PINNS)
 def test_field_probe_sees_u_but_not_its_derivatives(name):
-    """Against an additive probe on u, differentiated at zero."""
+    """The std equals that of an additive probe on u, differentiated at zero."""
     problem, params, points = pinn(name)
     values = fields(problem, params, points)
     dL_dy = jax.jit(

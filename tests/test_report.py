@@ -27,7 +27,7 @@ def field(params, x):
 
 
 def derivatives(params, point):
-    """The first and second derivatives of the field, each f[2]."""
+    """Returns the first and second derivatives of the field, each f[2]."""
 
     def along(axis):
         def first(x):
@@ -39,7 +39,7 @@ def derivatives(params, point):
 
 
 def poisson_loss(params):
-    """u_xx + u_yy = f on the unit square, its boundary weighted by 100."""
+    """Returns the loss of u_xx + u_yy = f on the unit square, boundary times 100."""
     interior = jax.random.uniform(jax.random.key(1), (64, 2))
     side = jnp.linspace(0, 1, 16)
     boundary = jnp.concatenate(
@@ -55,7 +55,7 @@ def poisson_loss(params):
 
 
 def burgers_loss(params):
-    """u_t + u u_x = 0.01 / pi u_xx, with u = -sin(pi x) at t = 0."""
+    """Returns the loss of u_t + u u_x = 0.01 / pi u_xx, u = -sin(pi x) at t = 0."""
     interior = jax.random.uniform(jax.random.key(1), (64, 2), minval=-1)
     start = jnp.stack([jnp.zeros(32), jnp.linspace(-1, 1, 32)], 1)
 
@@ -114,7 +114,7 @@ def test_an_exploding_network():
 
 
 def first_steps(scale, gain, depth=16, steps=100):
-    """The first gradient and the factors of the first steps of training."""
+    """Returns the first gradient and the factors of the first steps of training."""
     params = tanh_network(gain, depth)
     stacked = {"first": 0, "hidden": 1, "last": 0}
     tx = optax.chain(stablegrad(num_stacked_axes=stacked), optax.adamw(1e-3))
@@ -174,12 +174,12 @@ def test_equinox_default_at_depth_20():
         "last": layers[-1],
     }
     grads = taken_apart(jax.jit(jax.grad(burgers_loss))(params)).values()
-    of_model = eqx.tree_at(
+    model_grads = eqx.tree_at(
         lambda model: [leaf for x in model.layers for leaf in (x.weight, x.bias)],
         eqx.filter(model, eqx.is_inexact_array),
         [leaf for x in grads for leaf in (np.asarray(x["kernel"]).T, x["bias"])],
     )
-    report = gradient_report(of_model)
+    report = gradient_report(model_grads)
     assert report.verdict == "unbalanced between layers"
     assert 1e3 < report.std_ratio < 1e6
     assert report.leaves[0].name == "layers/0/weight"
@@ -573,7 +573,7 @@ def test_five_thousand_leaves_in_a_second():
     grads = {f"layer_{i}": np.ones((8 + i % 97, 8), np.float32) for i in range(5000)}
     grads = jax.block_until_ready(jax.device_put(grads))
     seconds = []
-    for _ in range(3):  # the best of three, for others may use the machine, too
+    for _ in range(3):  # the best of three, because other processes may use the machine
         start = time.process_time()
         str(gradient_report(grads))
         seconds.append(time.process_time() - start)

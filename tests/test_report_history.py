@@ -23,7 +23,7 @@ def constant(**factors):
 
 
 def diverging_run(num_steps):
-    """A residual network of squares that explodes under momentum."""
+    """Trains a residual network of squares that explodes under momentum."""
     params = {
         f"l{i}": {"kernel": 0.3 * jax.random.normal(jax.random.key(i), (8, 8))}
         for i in range(4)

@@ -85,7 +85,7 @@ def test_eps_is_advised_only_where_it_helps():
 
 
 def first_step(make, eps, magnitude):
-    """The norm of the first update, relative to that of a gradient of size one."""
+    """Returns the first update's norm relative to that for a gradient of size one."""
     grads = {"k": jax.random.normal(jax.random.key(0), (32, 32))}
     tx = make(eps)
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from cases import assert_trees_close, each_case, each_method
+from cases import assert_trees_close, each_method, each_scaling_case
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from stablegrad_optax import (
@@ -34,17 +34,17 @@ def mesh(axis_type=AxisType.Auto):
 
 
 def put(tree, *spec):
-    """On the mesh; the spec is that of a leaf's last axes."""
+    """Puts a tree on the mesh; the spec is that of a leaf's last axes."""
 
-    def of_leaf(leaf):
+    def sharding(leaf):
         axes = [None] * (leaf.ndim - len(spec)) + list(spec[-leaf.ndim :])
         return NamedSharding(mesh(), PartitionSpec(*axes))
 
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, of_leaf(leaf)), tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), tree)
 
 
 def exact(params, opt_state):
-    """All but what is a difference of norms, in which their rounding is magnified."""
+    """Leaves out differences of norms, which magnify the rounding of the norms."""
     rounded = {"deviation": 0, "last_deviation": 0}
     return jax.device_get((params, opt_state._replace(**rounded)))
 
@@ -114,7 +114,7 @@ def test_data_parallel_loop_equals_one_device(how):
 
 
 def collectives(tx, grads, extra_args):
-    """Those of the update's optimized program: always run, and run at need."""
+    """Returns the collectives that an update always runs, and the conditional ones."""
     state = tx.init(grads)
     program = jax.jit(functools.partial(tx.update, **extra_args)).lower(grads, state)
     branches, always = program.compile().as_text().split("\nENTRY ")
@@ -130,7 +130,7 @@ def many_leaves():
     }
 
 
-@each_case
+@each_scaling_case
 def test_one_all_reduce_for_all_statistics_of_sharded_leaves(case):
     always, _ = collectives(case.tx, put(many_leaves(), "x"), case.extra_args)
     # A branch for gradients at the ends of the range may reduce once more.

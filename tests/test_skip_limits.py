@@ -16,7 +16,7 @@ PARAMS = {"k": jnp.ones((2, 2))}
 
 
 def run(norms, losses=None, inner=None, **kwargs):
-    """The states after each step, with the gradient ``norm * ones / 2``."""
+    """Returns the states after each step, with the gradient ``norm * ones / 2``."""
     tx = skip_spikes(inner or optax.identity(), **kwargs)
 
     def step(state, x):
@@ -120,7 +120,7 @@ def test_max_consecutive_skips_may_be_injected():
 
 
 def compilations(function):
-    """How often XLA compiles while the function runs."""
+    """Counts how often XLA compiles while the function runs."""
     count = 0
 
     def listen(event, duration, **kwargs):

@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 class Reference:
-    """The rule of the docstring, line by line in float64; for one statistic."""
+    """Computes the rule of the docstring in float64 for one statistic."""
 
     def __init__(self, max_deviation=6.0, *, decay=0.99, warmup_steps=100):
         self.most, self.decay, self.warmup = max_deviation, decay, warmup_steps
@@ -92,9 +92,9 @@ def test_equals_a_literal_reference(kwargs):
     np.testing.assert_array_equal(updates, np.where(skipped, 0, np.float32(norms)))
     np.testing.assert_array_equal(states.num_skipped, np.cumsum(skipped))
     for i, reference in enumerate(references):
-        found = states.mean[-1, i], states.deviation[-1, i]
+        actual = states.mean[-1, i], states.deviation[-1, i]
         exact = reference.mean, np.sqrt(reference.variance)
-        np.testing.assert_allclose(found, exact, rtol=1e-4)
+        np.testing.assert_allclose(actual, exact, rtol=1e-4)
         assert states.num_seen[-1, i] == reference.count
 
 
@@ -193,8 +193,8 @@ def test_the_select_of_accelerators_equals_the_branch_of_a_cpu(monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **others: default(*args)
     )
-    for found, exact in zip(train(), expected, strict=True):
-        assert_trees_close(found, exact, rtol=2e-5, atol=1e-7)
+    for actual, exact in zip(train(), expected, strict=True):
+        assert_trees_close(actual, exact, rtol=2e-5, atol=1e-7)
     assert expected[-1][1].num_skipped == 2
 
 
@@ -384,8 +384,8 @@ def test_every_device_decides_alike(how):
         params, state = mapped(params, state, grads)
     expected = steps_on_one_device()
     assert expected[1].num_skipped == 2
-    found = jax.device_get((params, state))
-    assert_trees_close(found, jax.device_get(expected), rtol=1e-5, atol=1e-6)
+    actual = jax.device_get((params, state))
+    assert_trees_close(actual, jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_in_shard_map_each_device_may_step_by_a_gradient_of_its_own():
@@ -407,13 +407,13 @@ def test_in_shard_map_each_device_may_step_by_a_gradient_of_its_own():
         in_specs=(whole, split),
         out_specs=(split, split),
     )
-    found, num_skipped = jax.jit(mapped)(params, batches)
+    actual, num_skipped = jax.jit(mapped)(params, batches)
     for device in range(8):
         own = [{"a": grads["a"][device]} for grads in batches]
         expected, (expected_skipped,) = jax.jit(steps)(params, *own)
         assert num_skipped[device] == expected_skipped
         assert_trees_close(
-            found["a"].reshape(8, *params["a"].shape)[device], expected["a"], rtol=1e-6
+            actual["a"].reshape(8, *params["a"].shape)[device], expected["a"], rtol=1e-6
         )
     assert num_skipped.tolist() == [0, 0, 0, 1, 0, 1, 0, 0]
 

@@ -1,154 +1,259 @@
-"""SOAP against the algorithm written out in NumPy, and what its bases must do."""
+"""SOAP against its algorithm in NumPy, in every range, in every kind of program."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
+import soap_reference
+from cases import assert_trees_close, assert_trees_equal
+from optax.contrib import MuonDimensionNumbers
 
-from benchmarks.lib.soap import soap
+from stablegrad_optax import scale_by_soap, skip_spikes
+from stablegrad_optax._orthogonal import gram_schmidt
 
-SHAPES = {"square": (3, 3), "tall": (3, 2), "convolution": (2, 1, 2, 4), "bias": (3,)}
-RATE, B1, B2, EPS, FREQUENCY = 0.1, 0.9, 0.8, 1e-8, 3
+# Each side is full rank from the first gradient on: the eigenvectors of a null space
+# are arbitrary, and the updates depend on them.
+SHAPES = {
+    "square": (4, 4),
+    "tall": (5, 4),
+    "convolution": (3, 2, 2, 3),
+    "bias": (3,),
+    "scalar": (),
+}
+B1, B2, EPS = 0.9, 0.8, 1e-8
 
 
-def gradients(steps, seed=0):
-    """Their scale changes along the way."""
+def gradients(steps, shapes=SHAPES, seed=0, dtype=np.float64):
+    """Their scale changes from step to step."""
     rng = np.random.default_rng(seed)
     return [
-        {name: rng.normal(size=shape) * (1 + step) for name, shape in SHAPES.items()}
-        for step in range(steps)
+        {
+            name: (rng.normal(size=shape) * 10 ** rng.uniform(-1, 1)).astype(dtype)
+            for name, shape in shapes.items()
+        }
+        for _ in range(steps)
     ]
 
 
-def literal(grads):
-    """The updates of one leaf, step for step as the paper and the released code say."""
-    last = grads[0].shape[-1]
-    matrices = [g.reshape(-1, last) if g.ndim > 1 else g for g in grads]
-    if grads[0].ndim == 1:
-        m, v, updates = 0.0, 0.0, [np.zeros(last)]
-        for t, g in enumerate(matrices[1:], start=1):
-            m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
-            m_hat, v_hat = m / (1 - B1**t), v / (1 - B2**t)
-            updates.append(-RATE * m_hat / (np.sqrt(v_hat) + EPS))
-        return updates
-    first = matrices[0]
-    left, right = (1 - B2) * first @ first.T, (1 - B2) * first.T @ first
-    q_left = np.linalg.eigh(left)[1][:, ::-1]
-    q_right = np.linalg.eigh(right)[1][:, ::-1]
-    m, v, updates = np.zeros_like(first), np.zeros_like(first), [0 * grads[0]]
-    for t, g in enumerate(matrices[1:], start=1):
-        m = B1 * m + (1 - B1) * g
-        v = B2 * v + (1 - B2) * (q_left.T @ g @ q_right) ** 2
-        m_hat = q_left.T @ m @ q_right / (1 - B1**t)
-        n = m_hat / (np.sqrt(v / (1 - B2**t)) + EPS)
-        updates.append((-RATE * q_left @ n @ q_right.T).reshape(grads[0].shape))
-        left = B2 * left + (1 - B2) * g @ g.T
-        right = B2 * right + (1 - B2) * g.T @ g
-        if t % FREQUENCY == 0:
-            order = np.argsort(-np.diag(q_left.T @ left @ q_left))
-            q_left, v = np.linalg.qr(left @ q_left[:, order])[0], v[order]
-            order = np.argsort(-np.diag(q_right.T @ right @ q_right))
-            q_right, v = np.linalg.qr(right @ q_right[:, order])[0], v[:, order]
-    return updates
-
-
-def trajectory(tx, grads):
-    state, updates, step = tx.init(grads[0]), [], jax.jit(tx.update)
+def trajectory(tx, grads, *, compiled=True):
+    """The updates for a list of gradients, as NumPy arrays."""
+    grads = [jax.tree.map(jnp.asarray, g) for g in grads]
+    state, updates = tx.init(grads[0]), []
+    step = jax.jit(tx.update) if compiled else tx.update
     for g in grads:
         update, state = step(g, state)
         updates.append(jax.tree.map(np.asarray, update))
     return updates
 
 
-def our_soap(rate=RATE):
-    return soap(rate, B1, B2, EPS, FREQUENCY)
-
-
-def test_updates_are_those_of_the_algorithm_written_out():
-    grads = gradients(11)
-    with jax.enable_x64(True):
-        ours = trajectory(our_soap(), jax.tree.map(jnp.asarray, grads))
-    for name in SHAPES:
-        expected = literal([g[name] for g in grads])
-        for step, (update, value) in enumerate(zip(ours, expected, strict=True)):
-            # float64; what is left is the order of sums.
+def assert_close_to_reference(updates, grads, names=None, *, rtol, **arguments):
+    """Relative to the largest entry of an update."""
+    for name in names or grads[0]:
+        expected = soap_reference.soap([g[name] for g in grads], B1, B2, **arguments)
+        for step, (update, value) in enumerate(zip(updates, expected, strict=True)):
+            atol = rtol * max(1, np.abs(value).max())
             np.testing.assert_allclose(
-                update[name], value, rtol=1e-8, atol=1e-10, err_msg=f"{name}, {step}"
+                -update[name], value, rtol=0, atol=atol, err_msg=f"{name}, step {step}"
             )
 
 
-def test_a_rotated_problem_has_the_rotated_updates():
-    rng = np.random.default_rng(1)
-    u, w = (np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(2))
-    grads = [g["square"] for g in gradients(8)]
+absolute = functools.partial(scale_by_soap, B1, B2, EPS, relative_eps=False)
+
+
+@pytest.mark.parametrize("frequency", [1, 3, 10])
+def test_updates_are_those_of_the_algorithm_in_numpy(frequency):
+    grads = gradients(101)
+    tx = absolute(precondition_frequency=frequency)
     with jax.enable_x64(True):
-        plain = trajectory(our_soap(), [jnp.asarray(g) for g in grads])
-        turned = trajectory(our_soap(), [jnp.asarray(u @ g @ w) for g in grads])
-    for one, other in zip(plain, turned, strict=True):
-        np.testing.assert_allclose(u @ one @ w, other, rtol=1e-8, atol=1e-10)
+        updates = trajectory(tx, grads)
+    # Only the order of sums differs.
+    assert_close_to_reference(updates, grads, eps=EPS, frequency=frequency, rtol=1e-11)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-def test_runs_side_by_side_are_as_each_alone(offset):
-    """`offset`: how many updates the second run is ahead of the first."""
-    tx, grads = our_soap(), [gradients(8), gradients(8, seed=1)]
-    grads = jax.tree.map(jnp.float32, grads)
-    states = [tx.init(grads[0][0]) for _ in range(2)]
-    step = jax.jit(tx.update)
-    for g in grads[1][:offset]:
-        _, states[1] = step(g, states[1])
-    batched = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    together = jax.jit(jax.vmap(tx.update))
-    for i in range(7):
-        now = [grads[0][i], grads[1][i + offset]]
-        updates, batched = together(
-            jax.tree.map(lambda *x: jnp.stack(x), *now), batched
-        )
-        for run in range(2):
-            alone, states[run] = step(now[run], states[run])
-            for name in SHAPES:
-                # float32: a basis is known to some 1e-5 where eigenvalues are near.
-                np.testing.assert_allclose(
-                    updates[name][run], alone[name], rtol=1e-3, atol=1e-5
-                )
+def test_float32_is_right_to_its_rounding():
+    grads = gradients(31, dtype=np.float32)
+    updates = trajectory(absolute(precondition_frequency=3), grads)
+    wide = [jax.tree.map(np.float64, g) for g in grads]
+    assert_close_to_reference(updates, wide, eps=EPS, frequency=3, rtol=2e-5)
 
 
-def test_bases_are_only_computed_when_they_are_due():
-    """The decompositions stand in conditionals of the program of a batch, too."""
-    tx = our_soap()
-    states = jax.vmap(tx.init)({"kernel": jnp.ones((2, 3, 3))})
-    jaxpr = jax.make_jaxpr(jax.vmap(tx.update))({"kernel": jnp.ones((2, 3, 3))}, states)
-    outside = {equation.primitive.name for equation in _outside_of_cond(jaxpr.jaxpr)}
-    assert "cond" in outside
-    assert not outside & {"eigh", "qr", "geqrf", "householder_product"}
-    assert {"eigh"} <= {e.primitive.name for e in _everywhere(jaxpr.jaxpr)}
+def test_a_large_absolute_eps_is_that_of_the_released_code():
+    """It stands next to the square root before bias correction."""
+    grads = gradients(12)
+    tx = scale_by_soap(B1, B2, 0.3, precondition_frequency=3, relative_eps=False)
+    with jax.enable_x64(True):
+        updates = trajectory(tx, grads)
+    assert_close_to_reference(updates, grads, eps=0.3, frequency=3, rtol=1e-11)
 
 
-def _outside_of_cond(jaxpr):
-    return _equations(jaxpr, lambda equation: equation.primitive.name != "cond")
+def test_normalized_updates_are_those_of_the_released_code():
+    grads = gradients(12)
+    tx = absolute(precondition_frequency=3, normalize_updates=True)
+    with jax.enable_x64(True):
+        updates = trajectory(tx, grads)
+    assert_close_to_reference(
+        updates, grads, eps=EPS, frequency=3, normalize=True, rtol=1e-11
+    )
 
 
-def _everywhere(jaxpr):
-    return _equations(jaxpr, lambda equation: True)
+def test_an_axis_beyond_max_precondition_size_has_no_basis():
+    grads = gradients(12)
+    tx = absolute(precondition_frequency=3, max_precondition_size=4)
+    with jax.enable_x64(True):
+        updates = trajectory(tx, grads)
+    assert_close_to_reference(
+        updates, grads, eps=EPS, frequency=3, max_size=4, rtol=1e-11
+    )
+    state = tx.init({"tall": jnp.ones((5, 4))})
+    assert [basis.shape for basis in state.bases[0]] == [(1, 4, 4)]
 
 
-def _equations(jaxpr, enters):
-    for equation in jaxpr.eqns:
-        yield equation
-        if enters(equation):
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=_is_jaxpr
-            ):
-                if _is_jaxpr(inner):
-                    yield from _equations(getattr(inner, "jaxpr", inner), enters)
+def test_complex_arrays_have_unitary_bases():
+    real, imaginary = (gradients(12, {"w": (4, 3)}, seed=seed) for seed in range(2))
+    grads = [{"w": a["w"] + 1j * b["w"]} for a, b in zip(real, imaginary, strict=True)]
+    # Three columns leave one eigenvector of the rows for the null space: no choice.
+    with jax.enable_x64(True):
+        updates = trajectory(absolute(precondition_frequency=3), grads)
+    expected = soap_reference.soap([g["w"] for g in grads], B1, B2, EPS, 3)
+    for update, value in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(-update["w"], value, rtol=0, atol=1e-10)
 
 
-def _is_jaxpr(value):
-    return isinstance(value, ClosedJaxpr | Jaxpr)
+def test_dimension_numbers_merge_axes_to_a_matrix():
+    """Kernels of convolutions in Flax's order and in Equinox's."""
+    matrices = gradients(12, {"w": (12, 3)}, dtype=np.float32)
+    flax = [{"w": g["w"].reshape(2, 2, 3, 3)} for g in matrices]
+    equinox = [{"w": g["w"].T.reshape(3, 3, 2, 2)} for g in matrices]
+    expected = [u["w"] for u in trajectory(scale_by_soap(), matrices)]
+
+    def merged(grads, rows, columns):
+        numbers = {"w": MuonDimensionNumbers(rows, columns)}
+        tx = scale_by_soap(weight_dimension_numbers=numbers)
+        return [u["w"] for u in trajectory(tx, grads)]
+
+    for update, value in zip(merged(flax, (0, 1, 2), 3), expected, strict=True):
+        np.testing.assert_array_equal(update.reshape(12, 3), value)
+    for update, value in zip(merged(equinox, (1, 2, 3), 0), expected, strict=True):
+        np.testing.assert_array_equal(update.reshape(3, 12).T, value)
 
 
-def test_zero_gradients_are_no_step():
-    zero = jax.tree.map(jnp.zeros_like, gradients(1)[0])
-    for update in trajectory(our_soap(), [zero] * 5):
-        assert not any(np.any(u) for u in jax.tree.leaves(update))
+def test_axes_without_a_dimension_number_index_separate_matrices():
+    grads = gradients(12, {"w": (3, 2, 3)}, dtype=np.float32)
+    numbers = MuonDimensionNumbers(0, 2)
+    tx = scale_by_soap(weight_dimension_numbers=lambda params: numbers)
+    single = trajectory(scale_by_soap(), [{"w": g["w"][:, 1]} for g in grads])
+    for update, value in zip(trajectory(tx, grads), single, strict=True):
+        np.testing.assert_allclose(update["w"][:, 1], value["w"], rtol=0, atol=1e-5)
+
+
+def test_stacked_layers_are_slices():
+    grads = gradients(12, {"w": (3, 4, 3), "b": (3, 4)}, dtype=np.float32)
+    updates = trajectory(scale_by_soap(num_stacked_axes=1), grads)
+    for i in range(3):
+        single = trajectory(scale_by_soap(), [{k: g[k][i] for k in g} for g in grads])
+        for update, value in zip(updates, single, strict=True):
+            for name in update:
+                # A sum over a stack may round in another order.
+                np.testing.assert_allclose(update[name][i], value[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+def test_the_size_of_the_gradient_cancels(exponent):
+    """Powers of two from 1e-30 to 1e30 change no bit of an update."""
+    grads = gradients(25, dtype=np.float32)
+    tx = scale_by_soap(precondition_frequency=3)
+    factor = np.float32(2.0**exponent)
+    scaled = [jax.tree.map(lambda x: x * factor, g) for g in grads]
+    for one, other in zip(trajectory(tx, grads), trajectory(tx, scaled), strict=True):
+        assert_trees_equal(one, other)
+
+
+@pytest.mark.parametrize("rate", [10.0, 0.1])
+def test_gradients_that_grow_or_shrink_by_sixty_orders(rate):
+    """Each step by a factor of ten, or of a tenth, from one end of float32."""
+    kernel = gradients(1, {"w": (4, 3)})[0]["w"]
+    noise = gradients(60, {"w": (4, 3)}, seed=1)
+    grads = [
+        {"w": ((kernel + noise[i]["w"]) * 1e-30 ** np.sign(rate - 1) * rate**i)}
+        for i in range(60)
+    ]
+    narrow = [{"w": g["w"].astype(np.float32)} for g in grads]
+    updates = trajectory(scale_by_soap(B1, B2, 0.0, precondition_frequency=3), narrow)
+    expected = soap_reference.soap([g["w"] for g in grads], B1, B2, 0.0, 3)
+    for update, value in zip(updates[1:], expected[1:], strict=True):
+        assert np.isfinite(update["w"]).all()
+        size = np.abs(value).max()
+        # Bases of gradients that differ tenfold each step are known to few digits.
+        np.testing.assert_allclose(-update["w"] / size, value / size, atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_zero_gradients_are_no_step_and_hurt_no_later_one(value):
+    """Zeros come at the start, or between gradients of size ``value``."""
+    grads = gradients(4, dtype=np.float32)
+    zero = jax.tree.map(np.zeros_like, grads[0])
+    start = [jax.tree.map(lambda x: np.float32(value) * x, g) for g in grads]
+    updates = trajectory(
+        scale_by_soap(eps=0.0, precondition_frequency=2), [*start, *[zero] * 5, *grads]
+    )
+    for update in updates:
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(update))
+    if value == 0:
+        assert not any(x.any() for u in updates[:9] for x in jax.tree.leaves(u))
+    assert any(x.any() for x in jax.tree.leaves(updates[-1]))
+
+
+def test_a_non_finite_gradient_shows_and_skip_spikes_recovers():
+    grads = gradients(12, dtype=np.float32)
+    bad = jax.tree.map(lambda x: x * np.float32(np.nan), grads[0])
+    for step in (0, 5):
+        broken = [*grads[:step], bad, *grads[step:]]
+        with_nan = trajectory(scale_by_soap(), broken)
+        assert all(np.isnan(x).all() for x in jax.tree.leaves(with_nan[step]))
+        skipped = trajectory(skip_spikes(scale_by_soap()), broken)
+        assert not any(x.any() for x in jax.tree.leaves(skipped.pop(step)))
+        for one, other in zip(skipped, trajectory(scale_by_soap(), grads), strict=True):
+            assert_trees_close(one, other, rtol=0, atol=1e-5)
+
+
+def hard_matrices(size):
+    """Rank one, dead rows, a wide spectrum, nearly equal columns; and zero."""
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(size, size))
+    dead = normal.copy()
+    dead[size // 2 :] = 0
+    graded = normal * 10.0 ** -np.linspace(0, 30, size)
+    repeated = np.repeat(normal[:, :1], size, 1) + 1e-6 * normal
+    rank_one = np.outer(normal[0], normal[1])
+    factors = [normal, dead, graded, repeated, rank_one, np.zeros_like(normal)]
+    return np.stack([f @ f.T / max(np.abs(f).max(), 1) ** 2 for f in factors])
+
+
+@pytest.mark.parametrize("size", [2, 5, 32, 33, 70])
+def test_bases_stay_orthonormal_for_singular_covariances(size):
+    """The update refreshes the bases of one covariance five times in float32."""
+    covariances = hard_matrices(size)
+    roots = [
+        np.linalg.cholesky(c + 1e-30 * np.eye(size)) if i == 0 else c
+        for i, c in enumerate(covariances)
+    ]
+    grads = {str(i): jnp.asarray(root, jnp.float32) for i, root in enumerate(roots)}
+    tx = scale_by_soap(precondition_frequency=1)
+    state, step = tx.init(grads), jax.jit(tx.update)
+    for _ in range(6):
+        _, state = step(grads, state)
+        for basis in jax.tree.leaves(state.bases):
+            gram = np.einsum("kia,kib->kab", *[np.asarray(basis, np.float64)] * 2)
+            np.testing.assert_allclose(gram, [np.eye(size)] * len(gram), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 32, 50, 96])
+def test_gram_schmidt_is_the_qr_decomposition(size):
+    matrices = np.random.default_rng(0).normal(size=(3, size, size))
+    with jax.enable_x64(True):
+        columns = np.asarray(gram_schmidt(jnp.asarray(matrices), "highest"))
+    expected = np.linalg.qr(matrices)[0]
+    signs = np.sign(np.sum(columns * expected, axis=1, keepdims=True))
+    np.testing.assert_allclose(columns, signs * expected, atol=1e-10)

@@ -16,7 +16,7 @@ SPIKES = (10, 100, 1000, 1e6)
 
 
 class Reference:
-    """The rule of the paper and of the released code, line by line, in float64."""
+    """Computes the rule of the paper and of the released code in float64."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ def runner(**kwargs):
 
 
 def run(norms, **kwargs):
-    """The norm rho that each of a sequence of one-element gradients comes out with."""
+    """Returns the norm rho of each update for a sequence of one-element gradients."""
     padding = np.zeros(-len(norms) % 1000)  # compiles for few lengths
     norms = jnp.asarray(np.r_[norms, padding], jnp.float32)
     return np.asarray(runner(**kwargs)(norms))[: len(norms) - len(padding)]
@@ -81,7 +81,7 @@ def updater(**kwargs):
 
 
 def worst_case_norms(num_steps):
-    """Growing by gamma2 / gamma1 a step, up to 1e37: Cauchy-Schwarz with equality."""
+    """Returns norms that grow by gamma2 / gamma1, with equality in Cauchy-Schwarz."""
     exponents = np.arange(num_steps)[::-1] * np.log10(0.6 / 0.999)
     return 10.0 ** np.maximum(37 + exponents, -37)
 
@@ -217,7 +217,7 @@ def test_the_bound_at_every_step_is_attained():
 
 
 def test_the_bound_on_a_spike_is_attained():
-    """By a spike after so long a rest that v remembers nothing but the spike."""
+    """A spike attains the bound after so many small norms that v forgot all others."""
     norms = [1e30] * 10 + [1.0] * 1400 + [1e10]
     bound = 0.4 / np.sqrt(0.1)
     rho = run(norms, gamma2=0.9, bias_correction=False)[-1]
@@ -243,7 +243,7 @@ STATISTICS = ("norm_mean", "norm_rms", "num_accepted")
 
 
 def warm_state(**kwargs):
-    """A state after three steps with the leaves ones(4) and ones(2, 2)."""
+    """Returns the state after three steps with the leaves ones(4) and ones(2, 2)."""
     grads = {"a": jnp.ones(4), "b": jnp.ones((2, 2))}
     state = gradient_stabilizer(**kwargs).init(grads)
     for _ in range(3):
@@ -302,7 +302,7 @@ def test_float16_factors_beyond_its_range():
 
 
 def test_without_memory_it_is_the_unit_norm_of_each_leaf():
-    """At every step, however small or large the gradient."""
+    """The norm is 1 at every step, for small and large gradients."""
     tx = gradient_stabilizer(0.0, 0.0, eps=0.0)
     rng = np.random.default_rng(0)
     grads = {"w": rng.normal(size=(5, 7)), "b": 1e5 * rng.normal(size=7)}
@@ -322,7 +322,7 @@ def test_gamma2_of_0_forgets_at_once():
 
 
 def recovery(num_steps=23_000, **kwargs):
-    """Rho from a spike on, after a long history of norm 1; a leaf for each spike."""
+    """Returns rho from a spike on after many norms of 1, with a leaf per spike."""
     tx = gradient_stabilizer(**kwargs)
     ones = jnp.ones(len(SPIKES))
     state = tx.init(list(ones))._replace(
@@ -347,7 +347,7 @@ ARMS = {
 
 
 def table():
-    """How deep rho falls after a spike of X, and when it is back for good."""
+    """Returns how deep rho falls after a spike of X, and when it stays recovered."""
     rows = []
     for name, kwargs in ARMS.items():
         for spike, rho in zip(SPIKES, recovery(**kwargs).T, strict=True):
@@ -382,7 +382,7 @@ def test_the_first_version_is_bounded_by_1_41():
 
 
 class TorchRule:
-    """The authors' PyTorch code for one parameter, as its lines have it, in NumPy."""
+    """Translates the authors' PyTorch code for one parameter to NumPy, line by line."""
 
     def __init__(self, gamma1, gamma2, eps):
         self.gamma1, self.gamma2, self.eps = gamma1, gamma2, eps

@@ -22,20 +22,20 @@ DECAY = 0.95
 
 
 def spread(g):
-    """max(sigma, rms / 10), in float64."""
+    """Computes max(sigma, rms / 10) in float64."""
     g = np.asarray(g, np.float64)
     return max(g.std(), np.sqrt(np.mean(g**2)) / 10)
 
 
 def factor(*weights, reference=1.0, eps=1e-30):
-    """What the leaves of a layer are multiplied by, weights included if it is one."""
+    """Returns the factor of the leaves that follow these weights, or of one weight."""
     size = sum(g.size for g in weights)
     pooled = np.sqrt(sum(g.size * spread(g) ** 2 for g in weights) / size)
     return reference / (pooled + eps) if pooled else 1.0
 
 
 class Reference:
-    """The update in literal NumPy float64: {layer: {leaf: array}} trees only."""
+    """Computes the update literally in NumPy float64 for {layer: {leaf: array}}."""
 
     def __init__(self, scale_biases=True, max_reference_growth=None):
         self.scale_biases = scale_biases
@@ -43,7 +43,7 @@ class Reference:
         self.means = []  # of the references so far, after the limit
 
     def limit(self, reference):
-        """At most k times the bias-corrected average of what was let through."""
+        """Limits to k times the bias-corrected mean of the limited references."""
         if self.growth is None:
             return reference
         if self.means:
@@ -86,7 +86,7 @@ def random_tree(rng):
 
 
 def random_gradients(rng, shapes):
-    """Normal entries of std 1e-8 to 1e8, some with a mean of up to 30 std."""
+    """Draws normal entries of std 1e-8 to 1e8, some with a mean of up to 30 std."""
 
     def leaf(shape):
         offset = rng.choice([0.0, 0.0, 0.5, 30.0])
@@ -160,7 +160,7 @@ def test_followers_of_several_weights_take_the_pooled_factor():
 
 
 def test_followers_of_a_zero_weight_keep_their_gradient():
-    """A zero weight has no scale; beside another it counts into the pool as zero."""
+    """A zero weight has no scale, and it counts in the pool of several as zero."""
     grads = {
         "dead": {"kernel": np.zeros((2, 2), "f"), "bias": np.ones(2, "f")},
         "half": {
@@ -175,7 +175,7 @@ def test_followers_of_a_zero_weight_keep_their_gradient():
 
 
 def test_no_scaled_weight_exceeds_ten_references():
-    """A spread that is negligible beside the mean is floored at a tenth of the rms."""
+    """A spread much smaller than the mean is floored at a tenth of the rms."""
     rng = np.random.default_rng(0)
     for offset in (0.0, 1.0, 9.0, 11.0, 1e3, 1e6):
         g = np.float32(rng.normal(size=(8, 8)) + offset)
@@ -412,7 +412,7 @@ def test_a_scanned_net_equals_the_same_net_unrolled():
 
 
 def slices_scaled_alone(tx, grads, num_slices):
-    """Each slice of a stacked tree through the transformation, on its own."""
+    """Transforms each slice of a stacked tree on its own."""
     update = jax.jit(tx.update)
     parts = []
     for i in range(num_slices):
@@ -438,7 +438,7 @@ def test_nnx_vmapped_layers_are_scaled_slice_by_slice():
 
 
 def test_a_vmapped_ensemble_is_scaled_member_by_member():
-    """The same as `jax.vmap` of the transformation over the members."""
+    """Stacked axes equal `jax.vmap` of the transformation over the members."""
     members = [gradients(seed, scale=10.0**seed) for seed in range(3)]
     grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     tx = stablegrad(num_stacked_axes=1)
@@ -606,7 +606,7 @@ WORDS = {
 
 
 def table():
-    """What `stablegrad()` makes of leaves of every dtype and extreme."""
+    """Returns the updates of `stablegrad()` for leaves of every dtype and scale."""
     rng = np.random.default_rng(0)
     rows, grads = [], []
     for dtype, std, mean in TABLE:
@@ -630,7 +630,7 @@ def table():
 
 
 def scaled(tx, grads):
-    """Each gradient as a weight of its own, in double precision afterwards."""
+    """Transforms each gradient as a weight and returns it in double precision."""
     with jax.enable_x64(True):
         updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
     return [

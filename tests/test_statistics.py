@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablegrad_optax import _gradients, _statistics, stablegrad
+from stablegrad_optax import _gradients, _moments, _statistics, stablegrad
 
 # dtype: exponents of ten that the std may have without leaving the dtype's range.
 RANGES = {
@@ -25,12 +25,12 @@ RANGES = {
 
 
 def wide(g):
-    """The stored numbers, in float64 or complex128."""
+    """Returns the stored numbers in float64 or complex128."""
     return np.asarray(g).astype(np.complex128 if np.iscomplexobj(g) else np.float64)
 
 
 def true_spread(g):
-    """max(std, rms / 10) of the stored numbers, with no square out of range."""
+    """Computes max(std, rms / 10) of the stored numbers, with squares in range."""
     g = wide(g)
     largest = np.max(np.abs(g))
     g = g / largest
@@ -51,7 +51,7 @@ def machine(request):
 
 @pytest.fixture(scope="module")
 def measure(machine):
-    """A statistic of a list of leaves, by the sums of either kind of machine."""
+    """Returns a function that measures leaves by the sums of either kind of machine."""
 
     @functools.partial(jax.jit, static_argnames=("which", "num_stacked"))
     def compiled(tree, which="spreads", num_stacked=0):
@@ -64,8 +64,8 @@ def measure(machine):
     def measure(tree, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
             if machine == "accelerator":
-                patch.setattr(_statistics.lax, "platform_dependent", side_by_side)
-                patch.setattr(_statistics, "_compiled", _statistics._moments)
+                patch.setattr(_moments.lax, "platform_dependent", side_by_side)
+                patch.setattr(_moments, "_compiled", _moments._moments)
             return compiled(tree, **kwargs)
 
     return measure
@@ -90,13 +90,13 @@ def leaf(rng, dtype, exponent, mean=0.0, shape=(16, 16)):
 
 
 def bounded(dtype, exponent, mean):
-    """Whether all entries stay below the dtype's maximum."""
+    """Tells whether all entries stay below the dtype's maximum."""
     largest = float(ml_dtypes.finfo(dtype).max if dtype != "complex64" else 3.4e38)
     return (abs(mean) + 6) * 10.0**exponent < largest
 
 
 def rtol(mean):
-    """What the docstring promises for a mean of so many deviations."""
+    """Returns the error that the docstring allows for a mean of so many deviations."""
     return 1e-5 if abs(mean) <= 2 or abs(mean) >= 15 else 1e-3
 
 
@@ -162,12 +162,11 @@ def test_large_leaves_lose_no_digits_to_summation(measure, machine, scale):
 
 
 def test_leaves_that_need_other_units_change_nothing_for_the_rest(measure):
-    """Beside zeros, tiny and giant leaves: the same to the last bit."""
+    """Zeros, tiny and giant leaves change no bit of the statistics of the rest."""
     rng = np.random.default_rng(0)
     g = rng.normal(0.5, 1, (3, 8, 8)).astype(np.float32)
-    others = [np.full((2, 2), scale, np.float32) for scale in (1e-30, 0, 1e30)]
-    beside = measure([*g, *others])[:3]
-    np.testing.assert_array_equal(measure(list(g)), beside)
+    extreme = [np.full((2, 2), scale, np.float32) for scale in (1e-30, 0, 1e30)]
+    np.testing.assert_array_equal(measure(list(g)), measure([*g, *extreme])[:3])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 128), (125, 8), (2**13, 8)])
@@ -212,8 +211,8 @@ def test_on_a_cpu_no_kernel_of_a_leaf_knows_its_place_in_the_vector():
     grads = [jnp.ones((100, 100))] * 3
     tx = optax.chain(stablegrad(), optax.sgd(0.1))
     text = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
-    of_leaves = [part for part in text.split("\n\n") if "f32[100,100]" in part]
-    assert not any(re.search(r" slice\(", part) for part in of_leaves)
+    kernels = [part for part in text.split("\n\n") if "f32[100,100]" in part]
+    assert not any(re.search(r" slice\(", part) for part in kernels)
     assert text.count(" dynamic-slice(") >= len(grads)
 
 
@@ -229,7 +228,7 @@ def test_zeros_and_values_that_are_not_finite(measure, which):
 
 
 def test_slices_of_a_stack_are_measured_apart(measure):
-    """At scales that no common sum could hold."""
+    """The scales of the slices are so different that no common sum could hold them."""
     rng = np.random.default_rng(0)
     g = np.stack([leaf(rng, "float32", e, 2.0) for e in (-30, -5, 0, 30)])
     np.testing.assert_allclose(

@@ -18,13 +18,13 @@ import optax
 from optax import contrib
 
 from benchmarks.lib import methods, optax_optimizers
-from benchmarks.lib.soap import soap
 from stablegrad_optax import (
     clip_by_history,
     gradient_autoscaled_normalization,
     gradient_stabilizer,
     normalize_by_leaf_norm,
     skip_spikes,
+    soap,
 )
 
 Transformation = optax.GradientTransformation
@@ -69,7 +69,8 @@ def _kernels(params: optax.Params) -> Any:
 
 _adam, _adamw = optax.adam, optax.adamw
 _muon = partial(contrib.muon, muon_weight_dimension_numbers=_kernels)
-absolute_soap = soap  # whose eps is not relative to the size of the gradient
+# The eps of the released code, which is not relative to the size of the gradient.
+absolute_soap = partial(soap, weight_dimension_numbers=_kernels, relative_eps=False)
 
 
 def range_safe_muon(
@@ -132,10 +133,14 @@ BASES: dict[str, Base] = {
     "Muon (warm-up)": Base(_muon, _MUON_RATES, warm_up=True),
     "Muon (eps=1e-30)": Base(partial(_muon, eps=1e-30), _MUON_RATES),
     "range-safe Muon": Base(range_safe_muon, _MUON_RATES),
-    "SOAP": Base(soap, _SOAP_RATES),
-    # As the authors released it: the same number for every array.
-    "SOAP (absolute eps)": Base(absolute_soap, _SOAP_RATES),
+    # Stored runs have the absolute eps of the released code.
+    "SOAP": Base(absolute_soap, _SOAP_RATES),
+    "SOAP (relative eps)": Base(partial(absolute_soap, relative_eps=True), _SOAP_RATES),
     "SOAP (eps=1e-16)": Base(partial(absolute_soap, eps=1e-16), _SOAP_RATES),
+    # The option `normalize_grads` of the released code.
+    "SOAP (normalize_updates)": Base(
+        partial(absolute_soap, normalize_updates=True), _SOAP_RATES
+    ),
     # All of Optax, in the spelling of Optax, for the suite `optimizers`.
     **{
         f"optax.{name}": Base(factory, (1e-3, 1e-2, 1e-1, 1.0))

@@ -87,7 +87,8 @@ def _pairs(
     for record in spiked.records:
         if record["seed"] in without:
             one, other = _losses(record), _losses(without[record["seed"]])
-            yield [one[time] - other[time] for time in times]
+            # A short run ends before the last of these updates.
+            yield [one.get(t, np.nan) - other.get(t, np.nan) for t in times]
 
 
 def _losses(record: Mapping) -> dict[int, float]:

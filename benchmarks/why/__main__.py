@@ -33,11 +33,11 @@ PROG = "python -m benchmarks.why"
 SCALED = (
     *("AdamW", "AdamW (eps=1e-16)", "StableGrad + AdamW"),
     *("Muon", "range-safe Muon", "StableGrad + Muon"),
-    *("SOAP (absolute eps)", "SOAP (eps=1e-16)", "StableGrad + SOAP (absolute eps)"),
+    *("SOAP", "SOAP (eps=1e-16)", "SOAP (relative eps)", "StableGrad + SOAP"),
 )
 REMEMBERED = chains(
     ["none", "clip", "StableGrad"],
-    ["AdamW", "AdamW (b2=0.9)", "Muon", "SOAP (absolute eps)"],
+    ["AdamW", "AdamW (b2=0.9)", "Muon", "SOAP"],
 )
 
 
@@ -70,7 +70,9 @@ def main(args: Sequence[str] | None = None) -> int:
     }
     seeds = smaller.get("seeds", experiments.SEEDS)
     footer = f"{provenance()}; {datetime.now(UTC):%Y-%m-%d}; "
-    footer += f"seed {experiments.SEED}; of the network: seeds {', '.join(map(str, seeds))}"
+    footer += (
+        f"seed {experiments.SEED}; of the network: seeds {', '.join(map(str, seeds))}"
+    )
     paths = figures.save_all(drawn.items(), footer, options.output, "why")
     markdown = options.output / "why.md"
     markdown.write_text(page.markdown(scales, sizes, deviations, rows, footer))

@@ -161,7 +161,9 @@ def layers(
         return optax.chain(stablegrad(), tx) if scaled else tx
 
     @partial(jax.jit, static_argnums=0)
-    def update(scaled: bool, eps: jax.Array, params: Any, state: Any, grads: Any) -> Any:
+    def update(
+        scaled: bool, eps: jax.Array, params: Any, state: Any, grads: Any
+    ) -> Any:
         updates, state = transformation(eps, scaled).update(grads, state, params)
         sizes = [
             jnp.stack([rms(x) for x in kernels(tree).values()])
