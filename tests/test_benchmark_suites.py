@@ -188,6 +188,7 @@ BELOW = {
     "tasks": {"lib", "tasks"},
     "suites": {"lib", "report", "tasks", "suites"},
     "overhead": {"lib", "report", "tasks", "overhead"},
+    "why": {"lib", "report", "tasks", "why"},
 }
 
 

@@ -1,1 +1,1 @@
-"""Three small experiments that show why scale control changes what an optimizer does."""
+"""Small experiments that show why scale control changes an optimizer's steps."""

@@ -53,29 +53,28 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the experiments and writes the page; returns the exit code."""
     options = parse(Options, args, prog=PROG, description=__doc__)
-    quick = options.quick
+    for path in write(measure(quick=options.quick), options.output):
+        print(path)
+    return 0
+
+
+def measure(*, quick: bool) -> page.Results:
+    """Runs the three experiments."""
+    smaller = {"depth": 3, "width": 8, "steps": 4} if quick else {}
+    rows = {base: experiments.layers(base, **smaller) for base in experiments.BASES}
     scales = 10.0 ** np.arange(-30, 31, 30 if quick else 1)
     sizes = {name: experiments.update_sizes(name, scales) for name in SCALED}
     num_steps = 20 if quick else 20_000
     deviations = {name: experiments.deviations(name, num_steps) for name in REMEMBERED}
-    smaller = {"depth": 3, "width": 8, "steps": 4, "seeds": (0,)} if quick else {}
-    rows = {
-        base: experiments.layers(base, tuple(experiments.COLUMNS), **smaller)
-        for base in experiments.BASES
-    }
-    drawn = {
-        "scale": page.scale_figure(scales, sizes),
-        "memory": page.memory_figure(deviations),
-        "layers": page.layers_figure(rows),
-    }
-    seeds = smaller.get("seeds", experiments.SEEDS)
-    footer = f"{provenance()}; {datetime.now(UTC):%Y-%m-%d}; "
-    footer += (
-        f"seed {experiments.SEED}; of the network: seeds {', '.join(map(str, seeds))}"
-    )
-    paths = figures.save_all(drawn.items(), footer, options.output, "why")
-    markdown = options.output / "why.md"
-    markdown.write_text(page.markdown(scales, sizes, deviations, rows, footer))
-    for path in (markdown, *paths):
-        print(path)
-    return 0
+    return page.Results(scales, sizes, deviations, rows)
+
+
+def write(results: page.Results, folder: Path) -> list[Path]:
+    """Writes the page and its figures; returns their paths."""
+    today = datetime.now(UTC)
+    footer = f"{provenance()}; {today:%Y-%m-%d}; seed {experiments.SEED}"
+    drawn = page.draw(results)
+    paths = figures.save_all(drawn.items(), footer, folder, "why")
+    markdown = folder / "why.md"
+    markdown.write_text(page.markdown(results, footer))
+    return [markdown, *paths]

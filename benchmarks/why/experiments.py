@@ -1,6 +1,6 @@
 """The experiments: a gradient's scale, a giant gradient, a network that vanishes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ BASES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "SOAP": absolute_soap,
     "AdamW": optax.adamw,
 }
-# Row of the figure -> label of the column -> (eps, whether StableGrad stands before).
+# Column of the figure -> eps, and whether StableGrad stands before the optimizer.
 COLUMNS = {f"eps={eps:g}": (eps, False) for eps in EPS} | {
     "StableGrad, eps=1e-08": (1e-8, True)
 }
@@ -130,24 +130,24 @@ COLUMNS = {f"eps={eps:g}": (eps, False) for eps in EPS} | {
 
 def layers(
     base: str,
-    columns: Sequence[str],
+    columns: Mapping[str, tuple[float, bool]] = COLUMNS,
     *,
     depth: int = 50,
     width: int = 32,
     steps: int = 500,
     rate: float = 3e-3,
-    seeds: Sequence[int] = (0, 1, 2),
-) -> dict[str, list[Layers]]:
+    seed: int = SEED,
+) -> dict[str, Layers]:
     """Trains a plain tanh network from Equinox's default weights on Poisson's equation.
 
     Args:
         base: A key of `BASES`.
-        columns: Keys of `COLUMNS`.
+        columns: As `COLUMNS`.
         depth: Hidden layers.
         width: Units in each.
         steps: Updates.
         rate: The learning rate, constant.
-        seeds: Of weights and points.
+        seed: Of weights and points.
     """
     problem = PROBLEMS["poisson"]()
     task = Pinn(problem, Network(depth, width, initializer="uniform"))
@@ -171,7 +171,7 @@ def layers(
         ]
         return optax.apply_updates(params, updates), state, sizes
 
-    def train(eps: float, scaled: bool, seed: int) -> Layers:
+    def train(eps: float, scaled: bool) -> Layers:
         init_key, key = jax.random.split(jax.random.key(seed))
         params, _ = task.init(init_key)
         state, sizes = transformation(eps, scaled).init(params), []
@@ -183,6 +183,4 @@ def layers(
         error = score(params, None, evaluation(problem))["error"]
         return Layers(grads, updates / rate, np.asarray(error))
 
-    return {
-        column: [train(*COLUMNS[column], seed) for seed in seeds] for column in columns
-    }
+    return {name: train(*column) for name, column in columns.items()}

@@ -1,13 +1,41 @@
 """The figures and the page of the three experiments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.report import figures
 from benchmarks.report.tables import markdown_table
 from benchmarks.why.experiments import Layers, memory
+
+
+class Results(NamedTuple):
+    """What the experiments measured.
+
+    Attributes:
+        scales: f[scales], sizes of the gradient.
+        sizes: Optimizer -> f[scales], sizes of the update.
+        deviations: Optimizer -> f[steps], after a giant gradient.
+        rows: Base -> column of the figure -> what each layer got.
+    """
+
+    scales: np.ndarray
+    sizes: Mapping[str, np.ndarray]
+    deviations: Mapping[str, np.ndarray]
+    rows: Mapping[str, Mapping[str, Layers]]
+
+
+def draw(results: Results) -> dict[str, Figure]:
+    """Returns one figure for each experiment."""
+    return {
+        "scale": scale_figure(results.scales, results.sizes),
+        "memory": memory_figure(results.deviations),
+        "layers": layers_figure(results.rows),
+    }
+
 
 MOVES = 0.1  # of the learning rate: a layer with a smaller update stands still
 
@@ -44,19 +72,18 @@ def memory_figure(deviations: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def layers_figure(rows: Mapping[str, Mapping[str, Sequence[Layers]]]) -> Figure:
+def layers_figure(rows: Mapping[str, Mapping[str, Layers]]) -> Figure:
     """Draws the update of each layer by step; a line where the gradient is eps."""
     num_columns = max(map(len, rows.values()))
     size = 2.4 * num_columns, 2.5 * len(rows) + 0.4
     figure, axes = figures.grid(len(rows), num_columns, size, sharex=True, sharey=True)
     for row, (base, columns) in zip(axes, rows.items(), strict=True):
-        for ax, (column, seeds) in zip(row, columns.items(), strict=True):
-            update = np.median([layers.update for layers in seeds], axis=0)
+        for ax, (column, layers) in zip(row, columns.items(), strict=True):
+            update = layers.update
             steps = np.arange(1, len(update) + 1)
             names = {str(layer): sizes for layer, sizes in enumerate(update.T)}
             mesh = figures.heat_map(ax, steps, names, limit=4)
-            gradient = np.median([layers.gradient for layers in seeds], axis=0)
-            _eps_contour(ax, steps, gradient, column)
+            _eps_contour(ax, steps, layers.gradient, column)
             ax.set_title(f"{base}\n{column}", fontsize=9)
             ax.set(xlabel="", ylabel="")
     for ax in axes[-1]:
@@ -69,7 +96,9 @@ def layers_figure(rows: Mapping[str, Mapping[str, Sequence[Layers]]]) -> Figure:
     return figure
 
 
-def _eps_contour(ax, steps, gradient, column: str) -> None:
+def _eps_contour(
+    ax: Axes, steps: np.ndarray, gradient: np.ndarray, column: str
+) -> None:
     """Draws where the gradient that StableGrad has not scaled equals eps."""
     if "StableGrad" in column:
         return
@@ -117,18 +146,85 @@ def memory_table(deviations: Mapping[str, np.ndarray]) -> str:
     return markdown_table(["optimizer", "steps remembered"], rows)
 
 
-def layers_table(rows: Mapping[str, Mapping[str, Sequence[Layers]]]) -> str:
+def layers_table(rows: Mapping[str, Mapping[str, Layers]]) -> str:
     """Returns how many layers stand still at some steps, and the last error."""
     lines, at = [], (1, 2, 10, 100, 500)
     for base, columns in rows.items():
-        for column, seeds in columns.items():
-            update = np.median([layers.update for layers in seeds], axis=0)
+        for column, layers in columns.items():
+            update = layers.update
             num_steps, num_layers = update.shape
             still = [
                 f"{int(np.sum(~(update[min(s, num_steps) - 1] >= MOVES)))}/{num_layers}"
                 for s in at
             ]
-            errors = [float(layers.error) for layers in seeds]
-            lines.append([f"{base}, {column}", *still, f"{np.median(errors):.2g}"])
+            lines.append([f"{base}, {column}", *still, f"{layers.error:.2g}"])
     head = ["optimizer", *(f"step {s}" for s in at), "error at the end"]
     return markdown_table(head, lines)
+
+
+PAGE = """# Why scale control changes what an optimizer does
+
+`python -m benchmarks.why` runs these three experiments and writes this page. The
+first shows a constant of the optimizer, the second a moving average, and the third a
+network that suffers from the former.
+
+## The scale of the gradient
+
+![size of the update against the size of the gradient](why_scale.png)
+
+A kernel of 16 by 16 gets 50 gradients, a fixed direction plus noise of the same size,
+all multiplied by one number. The figure shows the root mean square of the last update
+over the learning rate, against that of the gradient. The table says between which sizes
+the update is within a factor of 2 of its size at 1; {scale_range}. A missing line in
+the figure stands for an update that is zero or not finite.
+
+{scale_table}
+## One giant gradient
+
+![change of the update after a giant gradient](why_memory.png)
+
+After 200 ordinary gradients of norm 0.4, one is multiplied by 10,000. The figure shows
+the norm of the change of each update that this causes, over the norm of the update
+without it. The table counts the steps up to the last one that changes by half of its
+size or more; a plus says that the experiment ended before.
+
+{memory_table}
+## A deep network whose gradients vanish
+
+![size of the update of each layer by step](why_layers.png)
+
+A tanh network of 50 hidden layers of width 32 learns Poisson's equation from Equinox's
+default weights at the constant learning rate 0.003. Blue layers stand still; white ones
+make updates of about the size of the learning rate; grey ones make no finite update
+other than zero. The black line is where a layer's gradient equals `eps`: above it the
+gradient is smaller. The table counts kernels whose update is below {moves:g} times the
+learning rate (root mean square). SOAP makes no update in its first step. The error is
+relative L2 after the last step; predicting zero has 1.
+
+{layers_table}
+The gradients of the first step, in root mean square: {first_gradients}.
+
+{findings}
+
+{footer}.
+"""
+
+
+def markdown(results: Results, footer: str) -> str:
+    """Returns the page."""
+    scales, sizes, deviations, rows = results
+    first = next(iter(next(iter(rows.values())).values())).gradient[0]
+    return PAGE.format(
+        scale_range=f"the experiment covers {scales[0]:.0e} to {scales[-1]:.0e}",
+        scale_table=scale_table(scales, sizes),
+        memory_table=memory_table(deviations),
+        layers_table=layers_table(rows),
+        moves=MOVES,
+        first_gradients=f"{first.min():.1e} in the smallest layer, "
+        f"{np.median(first):.1e} in the median one, {first.max():.1e} in the largest",
+        findings=FINDINGS,
+        footer=footer,
+    )
+
+
+FINDINGS = ""
