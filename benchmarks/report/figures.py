@@ -91,12 +91,20 @@ def style(line_name: str) -> dict[str, str]:
     return STYLES.get(line_name, {"color": "#56B4E9", "linestyle": ":"})
 
 
-def legend_below(figure: Figure, line_names: Iterable[str]) -> None:
-    """Names lines of `style` in one row below the panels."""
+def legend_above(
+    figure: Figure, line_names: Iterable[str], title: str | None = None
+) -> None:
+    """Names lines of `style` above the panels."""
     names = sorted(set(line_names), key=list(STYLES).index)
     lines = [plt.Line2D([], [], **style(name)) for name in names]
     figure.legend(
-        lines, names, loc="outside lower center", ncols=len(names), fontsize=8
+        lines,
+        names,
+        title=title,
+        loc="outside upper center",
+        ncols=min(len(names), 6),
+        fontsize=8,
+        title_fontsize=8,
     )
 
 

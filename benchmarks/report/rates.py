@@ -1,9 +1,9 @@
 """Error and failures against the learning rate: two numbers a chain, and a figure."""
 
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib.optimizers import in_order
@@ -115,28 +115,40 @@ def rates_by_base_figure(
     Bands are 95 % intervals of the median. A cross marks a rate at which some runs
     failed.
     """
-    panels: dict[tuple[Problem, str], dict[str, Mapping[float, Score]]] = {}
-    for problem, column in sweeps.items():
+    if not sweeps:
+        return None
+    names = in_order(name for column in sweeps.values() for name in column)
+    bases = list(dict.fromkeys(figures.base_and_line(name)[0] for name in names))
+    size = 2 + 1.8 * len(bases), 1.2 + 1.9 * len(sweeps)
+    figure, axes = figures.grid(len(sweeps), len(bases), size, sharey="row")
+    for row, (problem, column) in zip(axes, sweeps.items(), strict=True):
         for name, by_rate in column.items():
             base, line = figures.base_and_line(name)
-            panels.setdefault((problem, base), {})[line] = by_rate
-    if not panels:
-        return None
-    figure, axes = figures.panels(len(panels), 2.2, sharey=True)
-    for ax, ((problem, base), lines) in zip(axes, panels.items(), strict=True):
-        for line, by_rate in lines.items():
-            style, rates = figures.style(line), list(by_rate)
-            middles = [score.middle for score in by_rate.values()]
-            ends = zip(*(score.interval for score in by_rate.values()), strict=True)
-            ax.fill_between(rates, *ends, color=style["color"], alpha=0.12, linewidth=0)
-            ax.plot(rates, middles, **style, linewidth=1.2)
-            failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
-            ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=5)
-        ax.set(xscale="log", yscale="log", xlabel="learning rate")
-        ax.set_title(f"{textwrap.fill(label(problem), 36)}\n{base}", fontsize=8)
-        ax.grid(alpha=0.3)
-    for ax in figures.first_column(axes):
-        ax.set_ylabel("median error")
-    figures.legend_below(figure, (line for lines in panels.values() for line in lines))
-    figure.suptitle("Crosses: some runs failed; bands: 95 % intervals", fontsize=10)
+            _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
+        for ax, base in zip(row, bases, strict=True):
+            if not ax.lines:
+                ax.set_axis_off()
+                continue
+            ax.set(xscale="log", yscale="log")
+            ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
+            ax.grid(alpha=0.3)
+        row[0].set_title(label(problem), fontsize=8, loc="left")
+        row[0].set_ylabel("median error", fontsize=8)
+    figures.legend_above(
+        figure,
+        (figures.base_and_line(name)[1] for name in names),
+        "Abscissa: learning rate; crosses: some runs failed; bands: 95 % intervals",
+    )
     return figure
+
+
+def _draw_rates(
+    ax: Axes, by_rate: Mapping[float, Score], style: dict[str, str]
+) -> None:
+    """Draws the curve of one optimizer, its band and its crosses."""
+    rates, middles = list(by_rate), [score.middle for score in by_rate.values()]
+    ends = zip(*(score.interval for score in by_rate.values()), strict=True)
+    ax.fill_between(rates, *ends, color=style["color"], alpha=0.12, linewidth=0)
+    ax.plot(rates, middles, **style, linewidth=1.2)
+    failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
+    ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=5)

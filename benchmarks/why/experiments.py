@@ -120,7 +120,8 @@ class Layers(NamedTuple):
 EPS = (1e-8, 1e-16, 1e-30)
 BASES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "SOAP": absolute_soap,
-    "AdamW": optax.adamw,
+    "AdamW": partial(optax.adamw, weight_decay=0.0),
+    "AdamW (b2=0.9)": partial(optax.adamw, b2=0.9, weight_decay=0.0),
 }
 # Column of the figure -> eps, and whether StableGrad stands before the optimizer.
 COLUMNS = {f"eps={eps:g}": (eps, False) for eps in EPS} | {
@@ -155,9 +156,7 @@ def layers(
     score = jax.jit(task.score)
 
     def transformation(eps: Any, scaled: bool) -> optax.GradientTransformation:
-        make = BASES[base]
-        options = {"weight_decay": 0.0} if base == "AdamW" else {}
-        tx = make(rate, eps=eps, **options)
+        tx = BASES[base](rate, eps=eps)
         return optax.chain(stablegrad(), tx) if scaled else tx
 
     @partial(jax.jit, static_argnums=0)

@@ -43,32 +43,40 @@ MOVES = 0.1  # of the learning rate: a layer with a smaller update stands still
 def scale_figure(scales: np.ndarray, sizes: Mapping[str, np.ndarray]) -> Figure:
     """Draws the size of the update against the gradient's, a panel a base."""
     panels = _by_base(sizes)
-    figure, axes = figures.panels(len(panels), 2.6, sharey=True)
+    figure, grid = figures.grid(1, len(panels), (9, 3.2), sharey=True)
+    axes = grid[0]
     for ax, (base, lines) in zip(axes, panels.items(), strict=True):
         for line, size in lines.items():
             positive = np.where(size > 0, size, np.nan)
-            ax.plot(scales, positive, **figures.style(line), linewidth=1.8)
+            # The wide line is seen below the ones that it coincides with.
+            wide = {"linewidth": 5, "zorder": 1} if line == "StableGrad" else {}
+            ax.plot(scales, positive, **figures.style(line), **wide)
         ax.set(xscale="log", yscale="log", ylim=(1e-4, 3), title=base)
         ax.set(xlabel="size of the gradient", xlim=(scales[0], scales[-1]))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("size of the update /\nlearning rate")
-    figures.legend_below(figure, (line for lines in panels.values() for line in lines))
+    figures.legend_above(figure, (line for lines in panels.values() for line in lines))
     return figure
 
 
 def memory_figure(deviations: Mapping[str, np.ndarray]) -> Figure:
     """Draws how far a giant gradient moves the updates after it, a panel a base."""
     panels = _by_base(deviations)
-    figure, axes = figures.panels(len(panels), 2.6, sharey=True)
+    figure, grid = figures.grid(2, 2, (8.5, 5), sharex=True, sharey=True)
+    axes = grid.flat
     for ax, (base, lines) in zip(axes, panels.items(), strict=True):
         for line, deviation in lines.items():
             steps = np.unique(np.geomspace(1, len(deviation), 150).astype(int))
-            ax.plot(steps, deviation[steps - 1], **figures.style(line), linewidth=1.8)
+            drawn = np.minimum(deviation[steps - 1], 2)
+            ax.plot(steps, drawn, **figures.style(line), linewidth=1.8)
         ax.axhline(0.5, **figures.DOTTED)
-        ax.set(xscale="log", title=base, xlabel="steps", ylim=(-0.05, 1.7))
+        ax.set(xscale="log", title=base, ylim=(-0.05, 2.05))
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("relative change\nof the update")
-    figures.legend_below(figure, (line for lines in panels.values() for line in lines))
+    for ax in grid[-1]:
+        ax.set_xlabel("steps after the giant gradient")
+    for ax in grid[:, 0]:
+        ax.set_ylabel("relative change\nof the update")
+    figures.legend_above(figure, (line for lines in panels.values() for line in lines))
     return figure
 
 
@@ -86,6 +94,7 @@ def layers_figure(rows: Mapping[str, Mapping[str, Layers]]) -> Figure:
             _eps_contour(ax, steps, layers.gradient, column)
             ax.set_title(f"{base}\n{column}", fontsize=9)
             ax.set(xlabel="", ylabel="")
+    axes[0, 0].set_ylim(update.shape[1] - 0.5, -0.5)  # the input is at the top
     for ax in axes[-1]:
         ax.set_xlabel("step")
     for ax in axes[:, 0]:
@@ -175,8 +184,8 @@ network that suffers from the former.
 A kernel of 16 by 16 gets 50 gradients, a fixed direction plus noise of the same size,
 all multiplied by one number. The figure shows the root mean square of the last update
 over the learning rate, against that of the gradient. The table says between which sizes
-the update is within a factor of 2 of its size at 1; {scale_range}. A missing line in
-the figure stands for an update that is zero or not finite.
+the update is within a factor of 2 of its size at 1, from 1e-30 to 1e30. A line that
+ends stands for an update of zero.
 
 {scale_table}
 ## One giant gradient
@@ -185,8 +194,8 @@ the figure stands for an update that is zero or not finite.
 
 After 200 ordinary gradients of norm 0.4, one is multiplied by 10,000. The figure shows
 the norm of the change of each update that this causes, over the norm of the update
-without it. The table counts the steps up to the last one that changes by half of its
-size or more; a plus says that the experiment ended before.
+without it, and at most 2. The table counts the steps up to the last one that changes by
+half of its size or more; a plus says that the experiment ended before.
 
 {memory_table}
 ## A deep network whose gradients vanish
@@ -215,7 +224,6 @@ def markdown(results: Results, footer: str) -> str:
     scales, sizes, deviations, rows = results
     first = next(iter(next(iter(rows.values())).values())).gradient[0]
     return PAGE.format(
-        scale_range=f"the experiment covers {scales[0]:.0e} to {scales[-1]:.0e}",
         scale_table=scale_table(scales, sizes),
         memory_table=memory_table(deviations),
         layers_table=layers_table(rows),
