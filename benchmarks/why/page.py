@@ -37,7 +37,7 @@ def draw(results: Results) -> dict[str, Figure]:
     }
 
 
-MOVES = 0.1  # of the learning rate: a layer with a smaller update stands still
+MOVES = 0.01  # of the learning rate: a layer with a smaller update stands still
 
 
 def scale_figure(scales: np.ndarray, sizes: Mapping[str, np.ndarray]) -> Figure:
@@ -235,4 +235,27 @@ def markdown(results: Results, footer: str) -> str:
     )
 
 
-FINDINGS = ""
+FINDINGS = """\
+### What the three experiments say
+
+* An update is proportional to the gradient, instead of independent of its size, once
+  the gradient is below `eps`. Muon adds its `eps` to the norm of a momentum of many
+  entries and loses its step later than Adam and SOAP. At the other end, the squares of
+  AdamW and the norm of Muon overflow, and the update is zero. After `stablegrad()` the
+  update has one size over the whole range. So it has with a range-safe norm for Muon
+  and with the relative `eps` of `stablegrad_optax.soap`: what is missing is a constant,
+  and not a property of these optimizers.
+* AdamW with `b2=0.999` remembers one giant gradient longest, because the square root of
+  its second moment falls by half only every 1400 steps. Muon and SOAP remember it for as
+  long as their momentum is dominated by it. A clip at a norm near the ordinary one and
+  `stablegrad()` both prevent this. `stablegrad()` does so exactly, since the giant
+  gradient has the direction of the ordinary one here.
+* In the deep network, SOAP with `eps=1e-8` stands still in the layers whose gradient is
+  below `eps`, and never recovers. A smaller `eps` moves them and the network trains, as
+  it does after `stablegrad()`. For SOAP, `eps` is the cause.
+* For AdamW with the default `b2=0.999`, `eps` is not the whole cause. With a smaller
+  `eps` all layers move at first, and then all of them stop: the gradient falls within
+  the first hundred steps, and the second moment remembers what it was. After
+  `stablegrad()` no layer stops, because every step has the same size there. These 500
+  steps at a constant rate do not train the network in any of the four.
+"""
