@@ -10,14 +10,16 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_eps_stops_adam_where_the_gradient_is_below_it():
-    """Adam's update is g / (|g| + eps): a hundredth at a hundredth of eps."""
-    scales = np.array([1e-12, 1e-10, 1e-5, 1.0])
-    small, _, large, usual = experiments.update_sizes("AdamW", scales)
+    """Adam's update is g / (|g| + eps): 1e-4 of the usual one at 1e-4 of eps."""
+    scales = np.array([1e-12, 1e-5, 1.0])
+    small, large, usual = experiments.update_sizes("AdamW", scales)
     # The mean of the gradient's entries differs from its root mean square.
     assert small == pytest.approx(1e-4 * usual, rel=0.5)
     assert large == pytest.approx(usual, rel=0.01)
     scaled = experiments.update_sizes("StableGrad + AdamW", scales)
-    np.testing.assert_allclose(scaled, usual, rtol=1e-3)
+    np.testing.assert_allclose(scaled, scaled[-1], rtol=1e-5)
+    # The spread of the gradient, and so the weight of each step, varies by 5 %.
+    assert scaled[-1] == pytest.approx(usual, rel=0.05)
 
 
 def test_root_mean_squares_stay_in_range():

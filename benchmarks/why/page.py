@@ -211,7 +211,8 @@ learning rate (root mean square). SOAP makes no update in its first step. The er
 relative L2 after the last step; predicting zero has 1.
 
 {layers_table}
-The gradients of the first step, in root mean square: {first_gradients}.
+The gradients of the first step, in root mean square:
+{first_gradients}.
 
 {findings}
 
@@ -246,16 +247,19 @@ FINDINGS = """\
   and with the relative `eps` of `stablegrad_optax.soap`: what is missing is a constant,
   and not a property of these optimizers.
 * AdamW with `b2=0.999` remembers one giant gradient longest, because the square root of
-  its second moment falls by half only every 1400 steps. Muon and SOAP remember it for as
-  long as their momentum is dominated by it. A clip at a norm near the ordinary one and
+  its second moment falls by half only every 1400 steps. Muon and SOAP remember it for
+  as long as it dominates their momentum. A clip at a norm near the ordinary one and
   `stablegrad()` both prevent this. `stablegrad()` does so exactly, since the giant
   gradient has the direction of the ordinary one here.
 * In the deep network, SOAP with `eps=1e-8` stands still in the layers whose gradient is
   below `eps`, and never recovers. A smaller `eps` moves them and the network trains, as
   it does after `stablegrad()`. For SOAP, `eps` is the cause.
-* For AdamW with the default `b2=0.999`, `eps` is not the whole cause. With a smaller
-  `eps` all layers move at first, and then all of them stop: the gradient falls within
-  the first hundred steps, and the second moment remembers what it was. After
-  `stablegrad()` no layer stops, because every step has the same size there. These 500
-  steps at a constant rate do not train the network in any of the four.
+* For AdamW `eps` is not the whole cause. With a smaller `eps` all layers move at first.
+  Then the gradient falls, the second moment remembers what it was, and the layers stop:
+  with `b2=0.999` for the rest of the experiment, with `b2=0.9` for a while and again.
+  After `stablegrad()` no layer stops, because every step has the same size there. But
+  these 500 steps at one constant rate train the network with none of the eight.
+* The smallest gradients here are far above the squares that float32 cannot hold, so that
+  `eps=1e-30` is not harmful in this network. One seed and one learning rate show a
+  mechanism; they do not rank optimizers.
 """
