@@ -259,7 +259,7 @@ FINDINGS = """\
   with `b2=0.999` for the rest of the experiment, with `b2=0.9` for a while and again.
   After `stablegrad()` no layer stops, because every step has the same size there. But
   these 500 steps at one constant rate train the network with none of the eight.
-* The smallest gradients here are far above the squares that float32 cannot hold, so that
-  `eps=1e-30` is not harmful in this network. One seed and one learning rate show a
-  mechanism; they do not rank optimizers.
+* The squares of the gradients of this network stay in the range of float32, so that
+  `eps=1e-30` is not harmful here. One seed and one learning rate show a mechanism; they
+  do not rank optimizers.
 """
