@@ -40,7 +40,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs that the notebooks hold are shown
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "methods/tables"]  # pages include the tables
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -240,7 +240,7 @@ CALLS = {
     ),
     "per_example of a scalar": (
         per_example_of_a_scalar,
-        "per_example needs predictions with a leading axis of examples",
+        "predictions must have a leading axis of examples for per_example=True",
     ),
     # scale_factors.
     "no state of ours": (

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import initializers
+from benchmarks.report.scores import Score
+from benchmarks.suites import initializers, initializers_page
 from benchmarks.tasks.pinn.ansatz import derivatives_of
 from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS
+from benchmarks.tasks.pinn.scanned import Scanned
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -21,7 +24,7 @@ SOLUTIONS = {
 
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_solution_fulfils_every_term(name):
-    problem = initializers.EQUATIONS[name]()
+    problem = PROBLEMS[name]()
     points = problem.sample(jax.random.key(0))
     for term in problem.terms:
         x = points[term.name]
@@ -38,7 +41,7 @@ def test_the_solution_fulfils_every_term(name):
 @pytest.mark.parametrize("second", [None, (), ((1.0, 0.5),)])
 def test_stacked_layers_are_the_same_network(second):
     key, points = jax.random.key(0), jax.random.uniform(jax.random.key(1), (5, 2))
-    plain, scanned = Network(6, 8), initializers.Scanned(6, 8)
+    plain, scanned = Network(6, 8), Scanned(6, 8)
     expected = plain.derivatives(plain.init(key), points, second)
     got = scanned.derivatives(scanned.init(key), points, second)
     jax.tree.map(
@@ -46,19 +49,61 @@ def test_stacked_layers_are_the_same_network(second):
     )
 
 
-def test_it_resumes_and_writes_its_page(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "initializers.jsonl"
-    monkeypatch.setattr(initializers, "FUNCTIONS", ("tanh", "gelu"))
-    monkeypatch.setattr(initializers, "DEPTHS", (4,))
-    monkeypatch.setattr(initializers, "STEPS", 2)
-    poisson = {"Poisson": initializers.EQUATIONS["Poisson"]}
-    monkeypatch.setattr(initializers, "EQUATIONS", poisson)
-    assert initializers.main(["--results", str(path)]) == 0
-    lines = path.read_text()
-    assert len(lines.splitlines()) == 5 + 4  # gelu has no gain for the gradient
-    page = path.with_suffix(".md").read_text()
-    assert "| tanh | 4 | no initializer |" in page  # two steps train nothing
-    assert "| Glorot | 4 | 1/1 |" in page
-    monkeypatch.setattr(initializers, "measure", None)  # nothing is measured again
-    assert initializers.main(["--results", str(path)]) == 0
-    assert path.read_text() == lines
+def test_initializers_share_a_program_and_draw_with_their_gains():
+    made = initializers.initializers("tanh")
+    networks = [
+        initializers.Initialized(50, initializer="uniform", weights=w)
+        for w in made.values()
+    ]
+    assert len(set(networks)) == 1
+    gains = (3**-0.5, 1, 2**0.5, 1, 1.891)
+    for (name, network), gain in zip(
+        zip(made, networks, strict=True), gains, strict=True
+    ):
+        params = network.init(jax.random.key(0))
+        std = params["stack_0"]["kernel"].std()
+        # 48 layers of 1024 weights: 1 % is three standard errors.
+        np.testing.assert_allclose(std * 32**0.5, gain, rtol=0.01)
+        np.testing.assert_allclose(initializers.gain("tanh", name), gain, rtol=0.01)
+    assert not params["stack_0"]["bias"].any()
+    assert list(initializers.initializers("gelu")) == [
+        name for name in made if "gradient" not in name
+    ]
+
+
+def line(activation, initializer, depth, equation, verdict, loss_ratio):
+    problem = activation, depth, equation, initializer, 500
+    return dict(
+        zip(initializers_page.PAGE.problem, problem, strict=True),
+        verdict=verdict,
+        loss_ratio=loss_ratio,
+    )
+
+
+def test_the_page_names_what_meets_all_three_criteria():
+    healthy = "no trouble seen"
+    measured = [
+        line("tanh", "Glorot", 8, "poisson", healthy, 2.0),
+        line("tanh", "Glorot", 8, "wave", healthy, 99.0),
+        line("tanh", "He", 8, "poisson", healthy, 101.0),
+        line("tanh", "Equinox's default", 8, "poisson", "vanishing", 1.0),
+        line("sin", "Glorot", 8, "poisson", healthy, 1.0),
+        line("sin", "He", 8, "poisson", healthy, None),
+        line("sin", "preserve='signal'", 8, "poisson", healthy, 1.0),
+    ]
+
+    def problem(record):
+        return tuple(record[name] for name in initializers_page.PAGE.problem)
+
+    def score(*failed):
+        return Score(tuple({"error": 0.1, "failed": f} for f in failed))
+
+    table = {problem(record): {"Adam": score(False, False)} for record in measured}
+    table[problem(measured[4])] = {"Adam": score(False, True)}
+    del table[problem(measured[6])]
+    text = initializers_page.ending(measured, {"cpu": table})
+    assert "| tanh | 8 | Glorot | none |" in text
+    assert "| sin | 8 | none | preserve='signal' |" in text
+    assert "| Glorot | 1 | 8 | 2/2 | 99 | 0/4 | 0.1 | yes |" in text
+    assert "| Glorot | 1 | 8 | 1/1 | 1 | 1/2 | 0.1 | no |" in text
+    assert "| preserve='signal' | 1.18 | 8 | 1/1 | 1 | - | - | not trained |" in text

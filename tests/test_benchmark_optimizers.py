@@ -24,7 +24,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-5)
 
 
 def first_updates(name, *probes, weight_decay=0.0):
-    """Of one program, for each of the probes."""
+    """Computes the first updates, of one program, for each of the probes."""
     tx = Optimizer.named(name)(lambda count: 1e-3, weight_decay)
 
     @jax.jit

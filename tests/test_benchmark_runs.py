@@ -367,14 +367,14 @@ def test_time_that_is_up_ends_it_with_what_there_is(tmp_path, capsys):
 
 
 def test_other_runs_of_the_file_do_not_count():
-    of_entry = {**ENTRIES[0].settings, "learning_rate": 0.1, "phase": "tuning"}
+    settings = {**ENTRIES[0].settings, "learning_rate": 0.1, "phase": "tuning"}
     others = [
-        {**of_entry, "seed": 7},  # not of the protocol
-        {**of_entry, "seed": 0, "learning_rate": 0.3},
-        {**of_entry, "seed": 0, "problem": "other"},
+        {**settings, "seed": 7},  # not of the protocol
+        {**settings, "seed": 0, "learning_rate": 0.3},
+        {**settings, "seed": 0, "problem": "other"},
     ]
     assert Ledger(PRESET, others).done() == (0, 0.0)
-    ledger = Ledger(PRESET, [*others, {**of_entry, "seed": 0}])
+    ledger = Ledger(PRESET, [*others, {**settings, "seed": 0}])
     assert ledger.done() == (1, 2.0)
     assert len(ledger.missing(ENTRIES[:1])) == 3
 
@@ -404,7 +404,7 @@ def test_runs_that_tune_may_be_shorter():
 
 
 def test_without_tuning_every_rate_is_reported():
-    """For curves of the error against the learning rate."""
+    """Every rate is run, for curves of the error against the learning rate."""
     protocol = Protocol((), (10, 11, 12), None)
     entry = Entry({"optimizer": "A"}, (0.1, 0.2, 0.3), cost=2.0)
     preset = replace(PRESET, groups=[[entry]], protocol=protocol)

@@ -1,4 +1,4 @@
-"""What holds for every suite, and for the drawing of imports between them."""
+"""Tests what holds for every suite, and the imports between them."""
 
 import ast
 import signal

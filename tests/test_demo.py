@@ -133,7 +133,7 @@ def test_the_demo_shows_what_its_page_says(tmp_path):
 
 
 def test_a_history_of_factors_is_one_heat_map():
-    """From the stacked states of a scan to a drawn layer x step map in one call."""
+    """One call draws a layer x step map of the stacked states of a scan."""
     params = {f"dense_{i}": {"kernel": jnp.ones((2, 2))} for i in range(3)}
     grads = jax.tree.map(lambda p: p * jnp.array([1.0, -1.0]), params)
     tx = stablegrad_optax.stablegrad()

@@ -47,7 +47,7 @@ def train(optimizer, *, seed, rate=0.01, batch=16, steps=6):
 
 
 def shapes(model, size=32, channels=3):
-    """Of parameters and running statistics, without computing them."""
+    """Returns the shapes of parameters and running statistics."""
     image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
@@ -263,7 +263,7 @@ def test_batchnorm_is_scored_by_its_running_statistics():
     task, test = task_of(model), load("digits").splits["test"]
     params, state = task.init(jax.random.key(0))
     found = jax.jit(task.gradient)(params, state, jax.random.key(1), 0)
-    before, after = (jax.tree.leaves(of.batch_stats) for of in (state, found.state))
+    before, after = (jax.tree.leaves(each.batch_stats) for each in (state, found.state))
     assert all((a != b).any() for a, b in zip(after, before, strict=True))
     # By the share over all, though it is taken in parts that are filled up.
     held_out = in_parts(load("digits"), "test", 250)

@@ -1,4 +1,4 @@
-"""What compiled steps consist of, never how long they take; and the command."""
+"""Tests what compiled steps consist of, never how long they take; and the command."""
 
 import re
 

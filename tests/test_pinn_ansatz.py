@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SECOND = ((1.0, 1.0), (1.0, 0.0), (0.5, -2.0))
 POINTS = jax.random.uniform(jax.random.key(2), (3, 5, 2), minval=-1)
-FEATURES = fourier_features([(np.pi, 0.0), (2.0, -3.0)], beside=(1,))
+FEATURES = fourier_features([(np.pi, 0.0), (2.0, -3.0)], coordinates=(1,))
 
 
 def by_jax(function, points):

@@ -29,7 +29,7 @@ def plain(network, params, x):
 
 
 def by_jax(network, params, points):
-    """What `Network.derivatives` returns, by JAX's own derivatives of `plain`."""
+    """Computes `Network.derivatives` by JAX's own derivatives of `plain`."""
     u = partial(plain, network, params)
 
     def at_point(x):
@@ -95,7 +95,7 @@ def test_their_gradient_agrees_with_jax(activation):
 
     @partial(jax.jit, static_argnums=0)
     def gradient(derivatives, params):
-        """Of a sum in which every derivative has weights of its own."""
+        """Differentiates a sum in which every derivative has its own weights."""
 
         def weighted(params):
             fields = tuple(derivatives(params, points))

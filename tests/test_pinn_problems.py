@@ -26,7 +26,7 @@ EXACT = {
         + 0.5 * jnp.sin(4 * jnp.pi * x[0]) * jnp.cos(8 * jnp.pi * x[1])
     ),
     "wave": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.cos(jnp.pi * x[1]),
-    "reaction_diffusion": lambda x: (
+    "reaction-diffusion": lambda x: (
         (1 + jnp.exp((400 / 6) ** 0.5 * x[0] - 10 / 3 * x[1])) ** -2.0
     ),
 }
@@ -38,7 +38,7 @@ EXACT |= {
 
 
 def by_autodiff(u, points: jax.Array, second: SecondOrder | None) -> Derivatives:
-    """What `Network.derivatives` returns, of any function and without a network."""
+    """Computes `Network.derivatives` of any function, without a network."""
     flat = points.reshape(-1, points.shape[-1])
     gradient = jax.vmap(jax.grad(u))(flat).T
     curvature = jax.vmap(lambda x: jnp.diag(jax.hessian(u)(x)))(flat).T
@@ -91,7 +91,7 @@ def test_a_wrong_solution_has_a_residual():
 
 
 def test_burgers_and_allen_cahn_residuals_are_their_equations():
-    """At u = x^2 t^3, with its derivatives by hand."""
+    """The function is u = x^2 t^3, with derivatives by hand."""
     x, t = jnp.array([0.3, -0.7]), jnp.array([0.5, 0.9])
     points = jnp.stack([x, t], -1)
     u, u_t, u_x, u_xx = x**2 * t**3, 3 * x**2 * t**2, 2 * x * t**3, 2 * t**3
@@ -206,7 +206,7 @@ def test_cole_hopf_agrees_with_a_finer_quadrature_and_keeps_its_symmetry():
 
 
 def test_cole_hopf_fulfils_burgers_equation():
-    """By sixth-order differences, off the shock and in it."""
+    """Sixth-order differences are taken off the shock and in it."""
     x, t, h = np.array([-0.6, -0.02, 0.005, 0.4]), np.array([0.2, 0.5, 0.9]), 2e-4
     first = np.array([-1, 9, -45, 0, 45, -9, 1]) / (60 * h)
     second = np.array([2, -27, 270, -490, 270, -27, 2]) / (180 * h**2)

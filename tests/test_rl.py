@@ -179,7 +179,7 @@ def test_nothing_is_added_from_beyond_an_end_and_the_next_episode_starts(trained
 
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_alone():
-    """Of fixed weights, through a rollout and into the next."""
+    """The weights are fixed, through a rollout and into the next."""
     keys = jax.random.split(jax.random.key(7), 2)
     starts = [TASK.init(key) for key in keys]
     params, together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)

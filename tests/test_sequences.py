@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def settings_of(task, **others):
-    """Of the tiny model, one update of four examples, as it is by default."""
+    """Returns the settings of the tiny model, one update of four examples."""
     (group, *_) = spikes.PRESETS["smoke"].groups
     plain = {"task": task, "size": "tiny", "steps": 1, "spike": 0, "batch": 4}
     return {**group[0].settings, **plain, **others}
@@ -123,7 +123,7 @@ def test_fp4_products_are_of_quantized_operands_and_differentiate_straight_throu
 
 @pytest.fixture(scope="module")
 def weights():
-    """Of the tiny language model."""
+    """Returns weights of the tiny language model."""
     return supervised._init(training_of("lm").task, jax.random.key(0))
 
 
@@ -153,7 +153,7 @@ def test_a_decoder_does_not_see_what_it_predicts(weights):
 
 def test_noise_meets_five_per_cent_of_the_inputs():
     inputs = jnp.zeros((100, 200))
-    noisy = DISTURBANCES["noise of 2 ranges"].of_inputs(
+    noisy = DISTURBANCES["noise of 2 ranges"].disturb_inputs(
         inputs, jnp.array(False), jax.random.key(0)
     )
     assert float((noisy != 0).mean()) == pytest.approx(0.05, rel=0.1)
@@ -161,7 +161,7 @@ def test_noise_meets_five_per_cent_of_the_inputs():
 
 
 def gradient(weights, disturbance, step):
-    """At the batch of a step; the second update is the spike."""
+    """Computes the gradient of a step's batch; the second update is the spike."""
     task = training_of("lm", disturbance=disturbance, spike=2).task
     return gradient_of(task, weights, None, jax.random.key(1), step)
 
@@ -186,11 +186,13 @@ def test_a_spike_may_last_and_nothing_else_is_one():
 @pytest.mark.parametrize("shape", [(64,), (8, 16)])
 def test_wrong_labels_are_the_right_ones_of_others(shape):
     targets = jnp.arange(np.prod(shape)).reshape(shape)
-    wrong = DISTURBANCES["wrong labels"].of_targets(targets, True, jax.random.key(0))
+    wrong = DISTURBANCES["wrong labels"].disturb_targets(
+        targets, True, jax.random.key(0)
+    )
     assert (wrong != targets).mean() > 0.9
     np.testing.assert_array_equal(jnp.sort(wrong.ravel()), targets.ravel())
     for name, is_spike in (("wrong labels", False), ("loss x1e4", True)):
-        same = DISTURBANCES[name].of_targets(targets, is_spike, jax.random.key(0))
+        same = DISTURBANCES[name].disturb_targets(targets, is_spike, jax.random.key(0))
         np.testing.assert_array_equal(same, targets)
 
 
@@ -241,8 +243,8 @@ def test_training_is_adam_on_the_named_batches():
         params, state = step_of(params, state, index)
     rmse = float(loss(params, past, future)) ** 0.5
     assert curves.scores["score"][-1] == pytest.approx(rmse, rel=1e-3)
-    of_mean = np.mean((future - past.mean(1, keepdims=True)) ** 2) ** 0.5
-    assert curves.scores["error"][-1] == pytest.approx(rmse / of_mean, rel=1e-3)
+    mean_error = np.mean((future - past.mean(1, keepdims=True)) ** 2) ** 0.5
+    assert curves.scores["error"][-1] == pytest.approx(rmse / mean_error, rel=1e-3)
     assert curves.num_params == num_params
 
 
@@ -267,7 +269,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_the_next_is_not():
 
 
 def test_loss_scaling_changes_no_gradient():
-    """In float32, where the powers of two that it multiplies by are exact."""
+    """Powers of two, which it multiplies by, are exact in float32."""
     task = training_of("lm").task
     scaling = dataclasses.replace(task, loss_scaling=True)
     found = []

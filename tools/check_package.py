@@ -93,7 +93,7 @@ def interpreters(wheel: Path) -> list[str]:
 
 
 def runs(python: Path | str, version: str) -> bool:
-    """Whether it starts (pyenv's shims may not), and is that version."""
+    """Says whether it starts (pyenv's shims may not) and is that version."""
     program = f"import sys; assert '%d.%d' % sys.version_info[:2] == '{version}'"
     return subprocess.run([python, "-c", program], capture_output=True).returncode == 0
 

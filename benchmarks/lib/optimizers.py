@@ -118,6 +118,7 @@ BASES: dict[str, Base] = {
     "AdamW (b2=0.99)": Base(partial(_adamw, b2=0.99), _ADAM_RATES),
     "Nadam (b2=0.9)": Base(partial(optax.nadam, b2=0.9), _ADAM_RATES),
     "Adam (eps=1e-16)": Base(partial(_adam, eps=1e-16), _ADAM_RATES),
+    "AdamW (eps=1e-16)": Base(partial(_adamw, eps=1e-16), _ADAM_RATES),
     "AdamW (warm-up)": Base(_adamw, _ADAM_RATES, warm_up=True),
     "AdamW (eps=1e-16)": Base(partial(_adamw, eps=1e-16), _ADAM_RATES),
     "AdamW (b2=0.9, eps=1e-16)": Base(partial(_adamw, b2=0.9, eps=1e-16), _ADAM_RATES),

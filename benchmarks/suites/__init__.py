@@ -13,7 +13,16 @@ from benchmarks.lib.suite import Suite
 if TYPE_CHECKING:  # which imports matplotlib
     from benchmarks.report.pages import Page
 
-NAMES = ("pinn", "vision", "spikes", "rl", "calibration", "optimizers", "rates")
+NAMES = (
+    "pinn",
+    "initializers",
+    "vision",
+    "spikes",
+    "rl",
+    "calibration",
+    "optimizers",
+    "rates",
+)
 
 
 def load(name: str) -> Suite:

@@ -98,7 +98,7 @@ def _curves(
 
 
 _ON_DEEP = (  # depth 24, and 16 where a step costs more
-    ("reaction_diffusion", 24),
+    ("reaction-diffusion", 24),
     ("wave", 24),
     ("burgers", 16),
 )
@@ -115,7 +115,7 @@ _GRADIENT_PRESERVING = tuple(
 )
 _RESIDUAL = tuple(
     _problem(task, init, 24, network="residual")
-    for task in ("poisson", "reaction_diffusion")
+    for task in ("poisson", "reaction-diffusion")
     for init in ("uniform", "glorot")
 )
 _SOLVED = tuple(

@@ -21,7 +21,7 @@ class Disturbance(NamedTuple):
         """Says whether an update is one of those from `first` on; 0: no update is."""
         return (first > 0) & (update >= first) & (update < first + self.updates)
 
-    def of_targets(
+    def disturb_targets(
         self, targets: jax.Array, is_spike: jax.Array, key: jax.Array
     ) -> jax.Array:
         """Targets in another order where they are wrong: a share of them stays right.
@@ -32,11 +32,11 @@ class Disturbance(NamedTuple):
         mixed = jax.random.permutation(key, flat).reshape(targets.shape)
         return jnp.where(is_spike & (self.wrong_targets > 0), mixed, targets)
 
-    def of_loss(self, is_spike: jax.Array) -> jax.Array:
+    def loss_multiplier(self, is_spike: jax.Array) -> jax.Array:
         """Returns the factor f[] of the loss."""
         return jnp.where(is_spike, self.loss_factor, 1.0)
 
-    def of_inputs(
+    def disturb_inputs(
         self, inputs: jax.Array, is_spike: jax.Array, key: jax.Array
     ) -> jax.Array:
         """Disturbed inputs; text, which is integers, stays as it is."""

@@ -56,17 +56,21 @@ def classifier(
         rows = jax.random.randint(key, (batch_size,), 0, len(x_train))
         return jnp.asarray(x_train)[rows], jnp.asarray(y_train)[rows]
 
+    def predict(params: PyTree, images: Array) -> Array:
+        return model.apply(params, view(images), mutable="batch_stats")[0]
+
     def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
-        logits = model.apply(params, view(batch[0]))
+        logits = predict(params, batch[0])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
         return scale * losses.mean()
 
     def error(params: PyTree) -> Array:
-        logits = model.apply(params, view(jnp.asarray(x_test)))
+        logits = predict(params, jnp.asarray(x_test))
         return jnp.mean(logits.argmax(-1) != y_test) / 0.9  # a guess has 0.9
 
     def init(key: Array) -> PyTree:
-        return model.init(key, view(jnp.asarray(x_train[:2])))
+        variables = model.init(key, view(jnp.asarray(x_train[:2])))
+        return {"params": variables["params"]}
 
     return FunctionTask(init, loss, sample, error)
 
@@ -143,14 +147,47 @@ class CNN(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+class ResidualBlock(nn.Module):
+    """Two convolutions next to a projection, as in Flax's ImageNet example."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = partial(Conv, features=self.features, use_bias=False)
+        dense = partial(nn.Dense, self.features, use_bias=False)
+        norm = partial(nn.BatchNorm, use_running_average=False)
+        y = conv()(x)[:, :: self.stride, :: self.stride]
+        y = conv()(nn.relu(norm()(y)))
+        y = norm(scale_init=nn.initializers.zeros)(y)
+        if x.shape != y.shape:
+            x = norm()(dense()(x[:, :: self.stride, :: self.stride]))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Uses the statistics of each batch, also of that of all test images."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=False)(x))
+        for features, stride in ((8, 1), (16, 2), (32, 2)):
+            x = ResidualBlock(features, stride)(x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
 class Block(nn.Module):
     norm: str
     width: int
+    kernel_init: Any = lecun
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        x = self.around(x, nn.MultiHeadAttention(2))
-        layers = [nn.Dense(2 * self.width), nn.gelu, nn.Dense(self.width)]
+        x = self.around(x, nn.MultiHeadAttention(2, kernel_init=self.kernel_init))
+        dense = partial(nn.Dense, kernel_init=self.kernel_init)
+        layers = [dense(2 * self.width), nn.gelu, dense(self.width)]
         return self.around(x, nn.Sequential(layers)), None
 
     def around(self, x: Array, layer: nn.Module) -> Array:
@@ -164,15 +201,17 @@ class Transformer(nn.Module):
     depth: int
     norm: str = "before"  # or "after", or "none"
     vocabulary: int = 0  # 0: of real vectors
+    kernel_init: Any = lecun
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = 16
+        block = self.norm, width, self.kernel_init
         embed = nn.Embed(self.vocabulary, width) if self.vocabulary else nn.Dense(width)
         x = embed(x)
         place = nn.initializers.normal(0.02)
         x = x + self.param("place", place, (x.shape[1], width))
-        x, _ = stack(Block, self.depth)(self.norm, width, name="stack_0")(x, None)
+        x, _ = stack(Block, self.depth)(*block, name="stack_0")(x, None)
         x = nn.LayerNorm()(x) if self.norm == "before" else x
         return nn.Dense(10)(x.mean(1))
 
@@ -317,7 +356,7 @@ recurrent = classifier
 torch = {"kernel_init": _uniform(), "bias_init": _small_bias}
 
 # A step of a convolutional net or a transformer takes far longer than the others'.
-STEPS = {"CNN": 100, "transformer": 100}
+STEPS = {"CNN": 100, "ResNet": 100, "transformer": 100}
 NETWORKS: dict[str, Callable[[], FunctionTask]] = {
     "MLP 4": lambda: mlp(MLP(4)),
     "MLP 12": lambda: mlp(MLP(12)),
@@ -351,6 +390,15 @@ NETWORKS: dict[str, Callable[[], FunctionTask]] = {
     "GRU, 64 steps": lambda: recurrent(Recurrent(nn.GRUCell(32)), pixels),
     "tanh RNN, 8 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), rows),
     "tanh RNN, 64 steps": lambda: recurrent(Recurrent(nn.SimpleCell(32)), pixels),
+    "GRU, 8 steps": lambda: recurrent(Recurrent(nn.GRUCell(32)), rows),
+    "MLP 24, Equinox": lambda: mlp(MLP(24, **torch)),
+    "MLP 24, gelu, LeCun": lambda: mlp(MLP(24, nn.gelu, lecun)),
+    "MLP 50, tanh, Equinox": lambda: mlp(MLP(50, nn.tanh, **torch)),
+    "ResNet 8, Flax's example": lambda: cnn(ResNet()),
+    "transformer 2, Flax's example": lambda: transformer(
+        Transformer(2, vocabulary=2048, kernel_init=nn.initializers.xavier_uniform()),
+        view=words,
+    ),
     "five MLPs": lambda: ensemble(dead=False),
     "five MLPs, one dead": lambda: ensemble(dead=True),
     "Poisson 4": lambda: poisson(4, 1.0),
@@ -361,6 +409,7 @@ NETWORKS: dict[str, Callable[[], FunctionTask]] = {
     "Poisson 12, Equinox": lambda: poisson(12, None),
     "Poisson 20, Equinox": lambda: poisson(20, None),
     "Poisson 32, Equinox": lambda: poisson(32, None),
+    "Poisson 50, Equinox": lambda: poisson(50, None),
 }
 
 

@@ -87,9 +87,9 @@ class Supervised:
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
         inputs, targets = self.sample(key_batch, self.batch)
         is_spike = self.disturbance.is_spike(step + 1, self.spike)
-        inputs = self.disturbance.of_inputs(inputs, is_spike, key_noise)
-        targets = self.disturbance.of_targets(targets, is_spike, key_noise)
-        factor = self.disturbance.of_loss(is_spike)
+        inputs = self.disturbance.disturb_inputs(inputs, is_spike, key_noise)
+        targets = self.disturbance.disturb_targets(targets, is_spike, key_noise)
+        factor = self.disturbance.loss_multiplier(is_spike)
 
         def predict(params: PyTree) -> jax.Array:
             return self.model.apply({"params": params}, inputs)

@@ -49,10 +49,10 @@ def derivatives_of(
     return Derivatives(value, jnp.stack(slopes), combine(second, jnp.stack(curvatures)))
 
 
-def combine(second: SecondOrder, of_inputs: jax.Array) -> jax.Array:
+def combine(second: SecondOrder, streams: jax.Array) -> jax.Array:
     """f[rows, ...]: the sums over the inputs that the rows ask for."""
-    rows = jnp.asarray(second, of_inputs.dtype).reshape(-1, len(of_inputs))
-    return jnp.einsum("kj,j...->k...", rows, of_inputs, precision="highest")
+    rows = jnp.asarray(second, streams.dtype).reshape(-1, len(streams))
+    return jnp.einsum("kj,j...->k...", rows, streams, precision="highest")
 
 
 def identity(points: jax.Array) -> jax.Array:
@@ -61,16 +61,16 @@ def identity(points: jax.Array) -> jax.Array:
 
 
 def fourier_features(
-    wave_vectors: Sequence[Sequence[float]], *, beside: Sequence[int] = ()
+    wave_vectors: Sequence[Sequence[float]], *, coordinates: Sequence[int] = ()
 ) -> Function:
-    """The features cos(k x) and sin(k x), and some of the coordinates beside them.
+    """The features cos(k x) and sin(k x), and some of the coordinates.
 
     Args:
         wave_vectors: the k. Where all their first components are whole multiples of
             pi, whatever is built on them has period 2 in the first coordinate.
-        beside: which coordinates are features as they are.
+        coordinates: which coordinates are features as they are.
     """
-    matrix, kept = np.asarray(wave_vectors, np.float32).T, list(beside)
+    matrix, kept = np.asarray(wave_vectors, np.float32).T, list(coordinates)
 
     def features(points: jax.Array) -> jax.Array:
         phase = jnp.matmul(points, matrix, precision="highest")

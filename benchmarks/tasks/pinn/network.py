@@ -225,8 +225,8 @@ def _activate_backward(
     grad = f.slope * grads[0]
     for z, of_z in zip((*first, *sums), (*grads_first, *grads_sums), strict=True):
         grad += f.curvature * z * of_z
-    for squares, of_sum in zip(_squares(first, second), grads_sums, strict=True):
-        grad += f.third * squares * of_sum
+    for squares, sum_grad in zip(_squares(first, second), grads_sums, strict=True):
+        grad += f.third * squares * sum_grad
     return jnp.stack(
         [
             grad,
@@ -236,12 +236,12 @@ def _activate_backward(
                 * f.curvature
                 * z
                 * sum(
-                    row[j] * of_sum
-                    for row, of_sum in zip(second, grads_sums, strict=True)
+                    row[j] * sum_grad
+                    for row, sum_grad in zip(second, grads_sums, strict=True)
                 )
                 for j, (z, of_z) in enumerate(zip(first, grads_first, strict=True))
             ),
-            *(f.slope * of_sum for of_sum in grads_sums),
+            *(f.slope * sum_grad for sum_grad in grads_sums),
         ]
     ), grad.sum(0)
 

@@ -332,7 +332,7 @@ def _allen_cahn_built_in() -> Problem:
         problem,
         name="allen_cahn, periodic, exact start",
         terms=(replace(equation, sample=drawn, residual=weighted),),
-        embedding=fourier_features(waves, beside=(1,)),
+        embedding=fourier_features(waves, coordinates=(1,)),
         ansatz=Ansatz(start, factor),
     )
 
@@ -385,7 +385,6 @@ def _plain_wave() -> Problem:
     def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.outer(np.sin(np.pi * x), np.cos(np.pi * t))
 
-    start = uniform((_UNIT[0], (0.0, 0.0)), 32)
     return Problem(
         name="wave",
         equation="u_tt = u_xx, u(x, 0) = sin(pi x), u_t(x, 0) = 0",
@@ -393,8 +392,14 @@ def _plain_wave() -> Problem:
         domain=_UNIT,
         terms=(
             Term("equation", 1.0, uniform(_UNIT, 64), ((-1.0, 1.0),), residual),
-            Term("boundary", 100.0, uniform_on_ends(_UNIT, 32, (0,)), None, _vanishes),
-            Term("initial", 100.0, start, (), initial),
+            Term(
+                "boundary",
+                100.0,
+                uniform_on_ends(_UNIT, 32, (0,)),
+                None,
+                _vanishes,
+            ),
+            Term("initial", 100.0, uniform((_UNIT[0], (0.0, 0.0)), 32), (), initial),
         ),
         solution=solution,
         grid_shape=(51, 51),
@@ -405,8 +410,9 @@ def _reaction_diffusion() -> Problem:
     """Fisher's equation u_t = 0.01 u_xx + 4 u (1 - u) with its travelling front."""
     domain, diffusion, rate = ((-1.0, 1.0), (0.0, 1.0)), 0.01, 4.0
 
-    def front(x: ArrayLike, t: ArrayLike, exp: Callable = jnp.exp) -> ArrayLike:
-        return (1 + exp((rate / diffusion / 6) ** 0.5 * x - 5 / 6 * rate * t)) ** -2.0
+    def front(x: ArrayLike, t: ArrayLike) -> ArrayLike:
+        exponent = (rate / diffusion / 6) ** 0.5 * x - 5 / 6 * rate * t
+        return (1 + jnp.exp(exponent)) ** -2.0
 
     def residual(_: jax.Array, u: Derivatives) -> jax.Array:
         return u.gradient[1] - diffusion * u.second[0] - rate * u.value * (1 - u.value)
@@ -415,7 +421,7 @@ def _reaction_diffusion() -> Problem:
         return u.value - front(points[..., 0], points[..., 1])
 
     return Problem(
-        name="reaction_diffusion",
+        name="reaction-diffusion",
         equation="u_t = 0.01 u_xx + 4 u (1 - u)",
         inputs=("x", "t"),
         domain=domain,
@@ -424,7 +430,7 @@ def _reaction_diffusion() -> Problem:
             Term("boundary", 100.0, uniform_on_ends(domain, 32, (0,)), None, known),
             Term("initial", 100.0, uniform((domain[0], (0.0, 0.0)), 32), None, known),
         ),
-        solution=lambda x, t: front(x[:, None], t, np.exp),
+        solution=lambda x, t: np.asarray(front(x[:, None], t)),
         grid_shape=(101, 51),
     )
 
@@ -453,7 +459,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "burgers": partial(_burgers, "burgers"),
     "allen_cahn": _allen_cahn,
     "wave": _plain_wave,
-    "reaction_diffusion": _reaction_diffusion,
+    "reaction-diffusion": _reaction_diffusion,
     # The same loss in another unit.
     "poisson, loss times 1e-8": partial(_poisson_times, "1e-8"),
     "poisson, loss times 1e-4": partial(_poisson_times, "1e-4"),

@@ -67,8 +67,8 @@ class Pinn:
         value, residual_grads = jax.value_and_grad(problem.weigh)(residuals)
         (field_grads,) = to_fields(residual_grads)
         (grads,) = to_params(field_grads)
-        of_u = {term: grad.value for term, grad in field_grads.items()}
-        probes = {"field": of_u, "residuals": residual_grads}
+        field = {term: grad.value for term, grad in field_grads.items()}
+        probes = {"field": field, "residuals": residual_grads}
         probes = {name: prediction_grad_std(tree) for name, tree in probes.items()}
         return Gradient(value, grads, probes, None)
 

@@ -67,14 +67,14 @@ class Forecast(Supervised):
     def sample(self, key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
         key_which, key_where = jax.random.split(key)
         share = jax.random.uniform(key_where, (batch,))
-        of_each = [
+        split_series = [
             jax.tree.map(lambda x: x[(share * len(x)).astype(int)], one)
             for one in self.train
         ]
         which = jax.random.randint(key_which, (batch,), 0, len(self.train))
         past, future = (
             jnp.stack(parts)[which, np.arange(batch)]
-            for parts in zip(*of_each, strict=True)
+            for parts in zip(*split_series, strict=True)
         )
         return past, future
 
@@ -89,7 +89,7 @@ class Forecast(Supervised):
 @cache
 def forecast_train(context: int, horizon: int) -> list[tuple[jax.Array, jax.Array]]:
     cut = [windows(values, context, horizon) for values in series().values()]
-    return jax.device_put([of_series["train"] for of_series in cut])
+    return jax.device_put([series["train"] for series in cut])
 
 
 @cache
@@ -101,5 +101,5 @@ def forecast_held_out(split: Split, context: int, horizon: int) -> HeldOut:
         chosen = np.linspace(0, len(past) - 1, NUM_HELD_OUT).astype(int)
         parts.append((past[chosen], future[chosen]))
     past, future = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    of_mean = np.sqrt(np.mean((future - past.mean(1, keepdims=True)) ** 2))
-    return HeldOut(past, future, float(of_mean))
+    mean_error = np.sqrt(np.mean((future - past.mean(1, keepdims=True)) ** 2))
+    return HeldOut(past, future, float(mean_error))

@@ -1,0 +1,82 @@
+"""The texts stay short, plain and free of measured numbers."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+GUIDES = [README, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("methods/*.md"))]
+SOURCES = [
+    path
+    for folder in ("stablegrad_optax", "benchmarks", "tests", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+# A sentence may open with some of these words, a docstring of this project does not.
+FRAGMENT = re.compile(
+    r"(Of|With|For|By|In|Where|Without|Beside|Behind|Before|At|From|To|What|Which|"
+    r"Whether|That|Those|Who|Whose|The same|Until)\b"
+)
+# Words of the laboratory, which a reader from outside misunderstands.
+LABORATORY = re.compile(
+    r"\b(besides?|belongs? into|errs|told apart|by layer|by leaf|half decades?|"
+    r"behind (Muon|SOAP|Adam|AdamW|Lion|it)|(exploding|vanishing|healthy) starts?|"
+    r"is none|in our runs|ours|the clip)\b",
+    re.IGNORECASE,
+)
+
+
+def prose(page):
+    """Returns the text of a page without code, tables and the targets of links."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", text, flags=re.DOTALL)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+
+
+def opens_with_a_fragment(docstring):
+    return FRAGMENT.match(docstring.strip()) is not None
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Of one batch.", True),
+        ("\n  Whether it is finite.\n", True),
+        ("The same for a batch.", True),
+        ("Returns the norm of one batch.", False),
+        ("Forgets the statistics.", False),
+    ],
+)
+def test_a_fragment_is_recognized(docstring, expected):
+    assert opens_with_a_fragment(docstring) == expected
+
+
+def test_docstrings_open_with_a_sentence():
+    fragments = [
+        f"{path.relative_to(ROOT)}:{node.body[0].lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and opens_with_a_fragment(ast.get_docstring(node) or "")
+    ]
+    assert len(fragments) <= 10, fragments
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.read_bytes()) <= 5_000
+
+
+def test_choose_recommends_without_measured_numbers():
+    page = ROOT / "docs" / "choose.md"
+    assert len(page.read_bytes()) <= 3_500
+    assert not re.findall(r"\d", prose(page))
+    # In a table a number is an argument, which stands in code.
+    assert not re.findall(r"^\|.*\d.*$", re.sub(r"`[^`]*`", "", page.read_text()), re.M)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_guides_use_the_words_of_the_field(page):
+    assert not [match.group() for match in LABORATORY.finditer(prose(page))]
