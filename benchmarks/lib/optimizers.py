@@ -120,7 +120,6 @@ BASES: dict[str, Base] = {
     "Adam (eps=1e-16)": Base(partial(_adam, eps=1e-16), _ADAM_RATES),
     "AdamW (eps=1e-16)": Base(partial(_adamw, eps=1e-16), _ADAM_RATES),
     "AdamW (warm-up)": Base(_adamw, _ADAM_RATES, warm_up=True),
-    "AdamW (eps=1e-16)": Base(partial(_adamw, eps=1e-16), _ADAM_RATES),
     "AdamW (b2=0.9, eps=1e-16)": Base(partial(_adamw, b2=0.9, eps=1e-16), _ADAM_RATES),
     "Lion": Base(optax.lion, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
     "NovoGrad": Base(optax.novograd, (3e-3, 1e-2, 3e-2, 1e-1)),
