@@ -45,7 +45,7 @@ def test_memory_is_the_last_step_above_the_limit():
 
 
 def test_layers_stand_still_below_eps():
-    """With an eps far above every gradient no layer moves; scaled, each one does."""
+    """No layer moves if eps is far above its gradient; every one does after scaling."""
     columns = {"large eps": (1e3, False), "scaled": (1e-8, True)}
     found = experiments.layers("AdamW", columns, depth=3, width=8, steps=3)
     assert found["large eps"].update.max() < page.MOVES

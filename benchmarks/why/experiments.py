@@ -77,7 +77,7 @@ def deviations(
         name: Of the optimizer.
         steps: Updates after the giant gradient, which is the first of them.
         giant: What one gradient is multiplied by.
-        warm_up: Updates before it.
+        warm_up: Updates before the giant gradient.
     """
     tx = Optimizer.named(name)(lambda _: 1.0)
 
@@ -104,7 +104,7 @@ def memory(deviation: np.ndarray, limit: float = 0.5) -> int:
 
 
 class Layers(NamedTuple):
-    """What the first layers of a deep network get, by step.
+    """Gradients and updates of the layers of a deep network, by step.
 
     Attributes:
         gradient: f[steps, kernels], root mean squares of the backpropagated gradient.

@@ -13,7 +13,7 @@ from benchmarks.why.experiments import Layers, memory
 
 
 class Results(NamedTuple):
-    """What the experiments measured.
+    """Measurements of the three experiments.
 
     Attributes:
         scales: f[scales], sizes of the gradient.
