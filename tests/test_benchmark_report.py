@@ -16,9 +16,14 @@ from benchmarks.lib.suite import (
     lowest_median,
     problems,
 )
-from benchmarks.report import pages
+from benchmarks.report import figures, pages
 from benchmarks.report.pages import Page
-from benchmarks.report.rates import rates_figure, rates_table, window
+from benchmarks.report.rates import (
+    rates_by_base_figure,
+    rates_figure,
+    rates_table,
+    window,
+)
 from benchmarks.report.scores import Quantity, Score, scores, sweeps, tied
 from benchmarks.report.statistics import (
     bootstrap_interval,
@@ -223,6 +228,23 @@ def test_a_suite_without_tuning_is_reported_by_rate(tmp_path):
     assert "Not finished" not in text
     pages.write(Page.default(suite), records[:-1], suite, tmp_path)
     assert "**Not finished: 65 of 66 runs.**" in (tmp_path / "rates.md").read_text()
+
+
+def test_an_optimizer_has_one_line_in_all_figures():
+    """A method and a changed constant are lines of the panel of their base."""
+    lines = {
+        "Muon": ("Muon", "alone"),
+        "range-safe Muon": ("Muon", "range-safe norm"),
+        "StableGrad + SOAP": ("SOAP", "StableGrad"),
+        "AdamW (b2=0.9, eps=1e-16)": ("AdamW (b2=0.9)", "smaller eps"),
+        "LARS": ("layer-wise rates", "LARS"),
+    }
+    assert {name: figures.base_and_line(name) for name in lines} == lines
+    sweep = {name: {0.1: score(0.1, 0.9), 0.3: score(0.2, 0.2)} for name in lines}
+    figure = rates_by_base_figure({("1",): sweep}, str)
+    bases = [ax.texts[0].get_text() for ax in figure.axes]
+    assert bases == ["AdamW (b2=0.9)", "layer-wise rates", "Muon", "SOAP"]
+    assert {"x", "None"} == {line.get_marker() for line in figure.axes[0].lines}
 
 
 # The calibration's page

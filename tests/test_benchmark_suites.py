@@ -47,7 +47,8 @@ def test_presets_name_what_exists(suite, preset):
         assert entry.settings["preset"] == preset_name
         rates = entry.learning_rates
         assert list(rates) == sorted(set(rates))
-        assert len(rates) == 1 or (len(rates) > 2 and protocol.tuning_seeds)
+        is_chosen = protocol.tuning_seeds or protocol.choose is None
+        assert len(rates) == 1 or (len(rates) > 2 and is_chosen)
 
 
 @pytest.mark.parametrize("suite", suites.NAMES)
@@ -112,8 +113,11 @@ def test_smoke_runs_resumes_and_is_reported(suite, tmp_path, capsys, monkeypatch
             if record["phase"] == "reported"
             and entry.settings.items() <= record.items()
         ]
-        assert [record["seed"] for record in reported] == [100, 101, 102]
-        assert len({record["learning_rate"] for record in reported}) == 1
+        rates = sorted({record["learning_rate"] for record in reported})
+        seeds = [100, 101, 102] * len(rates)
+        assert [record["seed"] for record in reported] == seeds
+        is_chosen = preset.protocol.choose is not None
+        assert rates == list(entry.learning_rates) or (is_chosen and len(rates) == 1)
         assert all(
             record["curve"]["step"][-1] == record["steps"] for record in reported
         )
@@ -184,6 +188,7 @@ BELOW = {
     "tasks": {"lib", "tasks"},
     "suites": {"lib", "report", "tasks", "suites"},
     "overhead": {"lib", "report", "tasks", "overhead"},
+    "why": {"lib", "report", "tasks", "why"},
 }
 
 

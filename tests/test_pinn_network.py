@@ -22,7 +22,9 @@ def plain(network, params, x):
     f = named[network.activation]
     for layer in range(network.depth):
         dense = params[f"dense_{layer}"]
-        x = f(x @ dense["kernel"] + dense["bias"])
+        y = f(x @ dense["kernel"] + dense["bias"])
+        gate = params.get(f"gate_{layer}")
+        x = y if gate is None else gate * y + (1 - gate) * x
     return (x @ params[f"dense_{network.depth}"]["kernel"])[0]
 
 
@@ -64,6 +66,19 @@ def test_streams_agree_with_jax_hessian(activation, depth):
     u = jax.jit(lambda p, x: network.derivatives(p, x, SECOND))(params, points)
     expected = jax.jit(partial(by_jax, network))(params, points)
     jax.tree.map(assert_near, tuple(u), expected)
+
+
+def test_a_residual_network_starts_with_one_layer():
+    network = Network(4, 16, initializer="uniform", residual=True)
+    params = network.init(jax.random.key(1))
+    points = jax.random.uniform(jax.random.key(2), (3, 5, 2), minval=-1)
+    shallow = {"dense_0": params["dense_0"], "dense_1": params["dense_4"]}
+    expected = Network(1, 16).derivatives(shallow, points, SECOND)
+    jax.tree.map(assert_near, network.derivatives(params, points, SECOND), expected)
+    open_gates = {f"gate_{layer}": jnp.float32(0.3 * layer) for layer in range(1, 4)}
+    params |= open_gates
+    u = network.derivatives(params, points, SECOND)
+    jax.tree.map(assert_near, tuple(u), by_jax(network, params, points))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +145,7 @@ def test_a_deep_network_has_two_leaves_a_hidden_layer_and_one_at_its_output():
         ("uniform", (1 / 3 / 200) ** 0.5, (1 / 3 / 200) ** 0.5),
         ("glorot", (2 / 400) ** 0.5, (2 / 201) ** 0.5),
         ("activation_aware", 1.891 / 200**0.5, 1 / 200**0.5),
+        ("gradient_preserving", 1 / 200**0.5, 1 / 200**0.5),
     ],
 )
 def test_initial_weights_have_their_laws_standard_deviation(

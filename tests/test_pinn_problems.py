@@ -25,6 +25,10 @@ EXACT = {
         jnp.sin(jnp.pi * x[0]) * jnp.cos(2 * jnp.pi * x[1])
         + 0.5 * jnp.sin(4 * jnp.pi * x[0]) * jnp.cos(8 * jnp.pi * x[1])
     ),
+    "wave": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.cos(jnp.pi * x[1]),
+    "reaction-diffusion": lambda x: (
+        (1 + jnp.exp((400 / 6) ** 0.5 * x[0] - 10 / 3 * x[1])) ** -2.0
+    ),
 }
 EXACT |= {
     name: EXACT[name.split(",")[0]]

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -68,13 +69,45 @@ def _kernels(params: optax.Params) -> Any:
 
 _adam, _adamw = optax.adam, optax.adamw
 _muon = partial(contrib.muon, muon_weight_dimension_numbers=_kernels)
-_soap = partial(soap, weight_dimension_numbers=_kernels)
+# The eps of the released code, which is not relative to the size of the gradient.
+absolute_soap = partial(soap, weight_dimension_numbers=_kernels, relative_eps=False)
+
+
+def range_safe_muon(
+    learning_rate: optax.ScalarOrSchedule, eps: float = 1e-16
+) -> Transformation:
+    """Runs Muon, whose matrices are divided by their largest entry before the norm.
+
+    No square underflows then, and `eps` of the norm is relative. The momentum is that
+    of `optax.trace`, without the bias correction of `optax.contrib.muon`: the two
+    optimizers agree on the first step and after about 100.
+
+    Args:
+        learning_rate: A number or a schedule.
+        eps: Of Adam, which has all arrays that are not kernels.
+    """
+
+    def unit(matrix: jax.Array, _: Any) -> jax.Array:
+        largest = jnp.max(jnp.abs(matrix))
+        return matrix / jnp.where(largest > 0, largest, 1)
+
+    matrices = optax.chain(
+        optax.trace(0.95, nesterov=True),
+        optax.stateless_with_tree_map(unit),
+        _muon(learning_rate, beta=0.0, nesterov=False),
+    )
+    rest = optax.adamw(learning_rate, eps=eps, weight_decay=0.0, nesterov=True)
+    return optax.partition(
+        {True: matrices, False: rest},
+        lambda params: jax.tree.map_with_path(_is_kernel, params),
+    )
+
 
 # The rates are a factor of about 3 apart (Muon 2, momentum 10) and reach up to where
 # most optimizers fail on most problems.
 _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-_SOAP_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _MUON_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_SOAP_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 BASES: dict[str, Base] = {
     "Adam": Base(_adam, _ADAM_RATES),
@@ -87,9 +120,11 @@ BASES: dict[str, Base] = {
     "Adam (eps=1e-16)": Base(partial(_adam, eps=1e-16), _ADAM_RATES),
     "AdamW (eps=1e-16)": Base(partial(_adamw, eps=1e-16), _ADAM_RATES),
     "AdamW (warm-up)": Base(_adamw, _ADAM_RATES, warm_up=True),
+    "AdamW (b2=0.9, eps=1e-16)": Base(partial(_adamw, b2=0.9, eps=1e-16), _ADAM_RATES),
     "Lion": Base(optax.lion, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
     "NovoGrad": Base(optax.novograd, (3e-3, 1e-2, 3e-2, 1e-1)),
     "LAMB": Base(optax.lamb, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "LARS": Base(optax.lars, (1e-1, 1.0, 1e1, 1e2)),
     "momentum": Base(
         partial(optax.sgd, momentum=0.9), (1e-5, 1e-4, 1e-3), scale_free=False
     ),
@@ -97,9 +132,15 @@ BASES: dict[str, Base] = {
     "Muon (b2=0.9)": Base(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon (warm-up)": Base(_muon, _MUON_RATES, warm_up=True),
     "Muon (eps=1e-30)": Base(partial(_muon, eps=1e-30), _MUON_RATES),
+    "range-safe Muon": Base(range_safe_muon, _MUON_RATES),
     # Stored runs have the absolute eps of the released code.
-    "SOAP": Base(partial(_soap, relative_eps=False), _SOAP_RATES),
-    "SOAP (relative eps)": Base(_soap, _SOAP_RATES),
+    "SOAP": Base(absolute_soap, _SOAP_RATES),
+    "SOAP (relative eps)": Base(partial(absolute_soap, relative_eps=True), _SOAP_RATES),
+    "SOAP (eps=1e-16)": Base(partial(absolute_soap, eps=1e-16), _SOAP_RATES),
+    # The option `normalize_grads` of the released code.
+    "SOAP (normalize_updates)": Base(
+        partial(absolute_soap, normalize_updates=True), _SOAP_RATES
+    ),
     # All of Optax, in the spelling of Optax, for the suite `optimizers`.
     **{
         f"optax.{name}": Base(factory, (1e-3, 1e-2, 1e-1, 1.0))

@@ -12,13 +12,37 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.lib.optimizers import in_order
+from benchmarks.lib.optimizers import NONE, Optimizer, in_order
 from benchmarks.report.scores import Problem, Score, Table
 from benchmarks.report.statistics import Interval
 
 # Okabe and Ito's palette: which colour-blind readers can distinguish.
 PALETTE = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000")
 LINE_STYLES = ("-", "--", "-.", "-", "--", "-.", ":")
+# Bases that are another one with a constant changed -> that one and the change.
+VARIANTS = {
+    "AdamW (eps=1e-16)": ("AdamW", "smaller eps"),
+    "AdamW (b2=0.9, eps=1e-16)": ("AdamW (b2=0.9)", "smaller eps"),
+    "SOAP (eps=1e-16)": ("SOAP", "smaller eps"),
+    "SOAP (relative eps)": ("SOAP", "relative eps"),
+    "SOAP (normalize_updates)": ("SOAP", "normalize_updates"),
+    "range-safe Muon": ("Muon", "range-safe norm"),
+    **{name: ("layer-wise rates", name) for name in ("LAMB", "LARS", "NovoGrad")},
+}
+# The lines of a panel that shows one base; equal in all figures that have such panels.
+STYLES = {
+    "alone": {"color": "#000000", "linestyle": "-"},
+    "clip": {"color": "#E69F00", "linestyle": "--"},
+    "StableGrad": {"color": "#0072B2", "linestyle": "-"},
+    "normalize per array": {"color": "#009E73", "linestyle": "-."},
+    "smaller eps": {"color": "#D55E00", "linestyle": "--"},
+    "range-safe norm": {"color": "#D55E00", "linestyle": "--"},
+    "relative eps": {"color": "#CC79A7", "linestyle": ":"},
+    "normalize_updates": {"color": "#56B4E9", "linestyle": "-."},
+    "LAMB": {"color": "#56B4E9", "linestyle": "-"},
+    "LARS": {"color": "#CC79A7", "linestyle": "--"},
+    "NovoGrad": {"color": "#E69F00", "linestyle": "-."},
+}
 DOTTED = {"color": "0.5", "linewidth": 1, "linestyle": ":"}  # a limit
 FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
 
@@ -53,6 +77,35 @@ def line(index: int) -> dict[str, str]:
         "color": PALETTE[place],
         "linestyle": LINE_STYLES[(place + round_) % len(LINE_STYLES)],
     }
+
+
+def base_and_line(name: str) -> tuple[str, str]:
+    """Returns the base of an optimizer, whose panel it is in, and its line's name."""
+    optimizer = Optimizer.named(name)
+    base, variant = VARIANTS.get(optimizer.base, (optimizer.base, "alone"))
+    return base, variant if optimizer.method == NONE else optimizer.method
+
+
+def style(line_name: str) -> dict[str, str]:
+    """Returns colour and dashes of a line that `base_and_line` names."""
+    return STYLES.get(line_name, {"color": "#56B4E9", "linestyle": ":"})
+
+
+def legend_above(
+    figure: Figure, line_names: Iterable[str], title: str | None = None
+) -> None:
+    """Names lines of `style` above the panels."""
+    names = sorted(set(line_names), key=list(STYLES).index)
+    lines = [plt.Line2D([], [], **style(name)) for name in names]
+    figure.legend(
+        lines,
+        names,
+        title=title,
+        loc="outside upper center",
+        ncols=min(len(names), 6),
+        fontsize=8,
+        title_fontsize=8,
+    )
 
 
 def legend(figure: Figure, places: Mapping[str, int]) -> None:

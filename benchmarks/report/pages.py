@@ -16,7 +16,7 @@ from benchmarks.lib.suite import Suite, lowest_median
 from benchmarks.report import figures
 from benchmarks.report.rates import (
     RATES_CAPTION,
-    rates_figure,
+    rates_by_base_figure,
     rates_table,
 )
 from benchmarks.report.scores import (
@@ -143,7 +143,7 @@ class _Preset:
     def figures(self) -> Iterator[tuple[str, Figure | None]]:
         page = self._page
         if self._sweeps:
-            yield "rates", rates_figure(self._sweeps, page.name)
+            yield "rates", rates_by_base_figure(self._sweeps, page.name)
         if not self.table:
             return
         drawings = {

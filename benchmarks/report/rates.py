@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib.optimizers import in_order
@@ -104,3 +105,50 @@ def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | No
     figures.legend(figure, {name: place for place, name in enumerate(names)})
     figure.suptitle("Crosses: some runs failed at this rate", fontsize=10)
     return figure
+
+
+def rates_by_base_figure(
+    sweeps: Sweeps, label: Callable[[Problem], str]
+) -> Figure | None:
+    """Draws error against learning rate, a panel for each problem and base.
+
+    Bands are 95 % intervals of the median. A cross marks a rate at which some runs
+    failed.
+    """
+    if not sweeps:
+        return None
+    names = in_order(name for column in sweeps.values() for name in column)
+    bases = list(dict.fromkeys(figures.base_and_line(name)[0] for name in names))
+    size = 2 + 1.8 * len(bases), 1.2 + 1.9 * len(sweeps)
+    figure, axes = figures.grid(len(sweeps), len(bases), size, sharey="row")
+    for row, (problem, column) in zip(axes, sweeps.items(), strict=True):
+        for name, by_rate in column.items():
+            base, line = figures.base_and_line(name)
+            _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
+        for ax, base in zip(row, bases, strict=True):
+            if not ax.lines:
+                ax.set_axis_off()
+                continue
+            ax.set(xscale="log", yscale="log")
+            ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
+            ax.grid(alpha=0.3)
+        row[0].set_title(label(problem), fontsize=8, loc="left")
+        row[0].set_ylabel("median error", fontsize=8)
+    figures.legend_above(
+        figure,
+        (figures.base_and_line(name)[1] for name in names),
+        "Abscissa: learning rate; crosses: some runs failed; bands: 95 % intervals",
+    )
+    return figure
+
+
+def _draw_rates(
+    ax: Axes, by_rate: Mapping[float, Score], style: dict[str, str]
+) -> None:
+    """Draws the curve of one optimizer, its band and its crosses."""
+    rates, middles = list(by_rate), [score.middle for score in by_rate.values()]
+    ends = zip(*(score.interval for score in by_rate.values()), strict=True)
+    ax.fill_between(rates, *ends, color=style["color"], alpha=0.12, linewidth=0)
+    ax.plot(rates, middles, **style, linewidth=1.2)
+    failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
+    ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=5)

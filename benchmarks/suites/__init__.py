@@ -21,6 +21,7 @@ NAMES = (
     "rl",
     "calibration",
     "optimizers",
+    "rates",
 )
 
 

@@ -9,6 +9,10 @@ a bias (the last hidden biases already provide the constant), so 2 D + 1 leaves:
      "dense_<D>": {"kernel": [width, 1]}}
 
 Before the first layer the inputs may be embedded in features, which take their place.
+A residual network has a scalar `gate_<l>`, c, for each hidden layer but the first, and
+computes `a <- c f(a W + b) + (1 - c) a`. All gates are 0 at first, so that the network
+starts with the depth 1 (PirateNet, Wang et al., arXiv 2402.00326, whose blocks have
+three layers each and two encoders of the inputs as well).
 """
 
 from collections.abc import Callable
@@ -95,6 +99,7 @@ class Network:
             initializer "normal" alone.
         inputs: number of coordinates of a point.
         embedding: points f[..., inputs] -> what the first layer gets, f[..., features].
+        residual: whether hidden layers have gates, 0 at first, and shortcuts.
     """
 
     depth: int = 32
@@ -104,6 +109,7 @@ class Network:
     gain: float = field(default=5 / 3, compare=False)
     inputs: int = 2
     embedding: Function = identity
+    residual: bool = False
 
     @cached_property
     def num_features(self) -> int:
@@ -118,10 +124,14 @@ class Network:
     def init(self, key: jax.Array) -> Params:
         """Initial parameters, float32; equal keys give equal parameters."""
         initializer = INITIALIZERS[self.initializer]
-        return {
+        dense = {
             f"dense_{layer}": initializer(self, layer, key_of_layer)
             for layer, key_of_layer in enumerate(jax.random.split(key, self.depth + 1))
         }
+        if not self.residual:
+            return dense
+        gates = {f"gate_{layer}": jnp.zeros(()) for layer in range(1, self.depth)}
+        return dense | gates
 
     def derivatives(
         self, params: Params, points: jax.Array, second: SecondOrder | None
@@ -150,9 +160,12 @@ class Network:
         flat = points.reshape(-1, self.inputs)
         streams = _input_streams(self.embedding, flat, second)
         for layer in range(self.depth):
-            dense = params[f"dense_{layer}"]
+            dense, shortcut = params[f"dense_{layer}"], streams
             streams = _product(streams, dense["kernel"])
             streams = _activate(self.activation, second, streams, dense["bias"])
+            if self.residual and layer:
+                gate = params[f"gate_{layer}"]
+                streams = gate * streams + (1 - gate) * shortcut
         streams = _product(streams, params[f"dense_{self.depth}"]["kernel"])
         streams = streams.reshape(len(streams), *points.shape[:-1])
         if second is None:
@@ -312,6 +325,16 @@ def _aware_initializer(
     )
 
 
+def _gradient_preserving(
+    network: Network, layer: int, key: jax.Array
+) -> dict[str, jax.Array]:
+    initializer = activation_aware_normal(
+        lambda z: ACTIVATIONS[network.activation](z).value, preserve="gradient"
+    )
+    kernel = initializer(key, network.kernel_shape(layer))
+    return _with_zero_bias(network, layer, kernel)
+
+
 def _with_zero_bias(
     network: Network, layer: int, kernel: jax.Array
 ) -> dict[str, jax.Array]:
@@ -325,9 +348,12 @@ def _with_zero_bias(
 # "uniform": kernels and biases uniform +-1/sqrt(fan_in), as Equinox and torch do.
 # "glorot": kernels uniform +-sqrt(6 / (fan_in + fan_out)), biases 0.
 # "activation_aware": `activation_aware_normal`, the output N(0, 1 / fan_in), biases 0.
+# "gradient_preserving": `activation_aware_normal(preserve="gradient")`, biases 0; for
+#   tanh the kernels are N(0, 1 / fan_in).
 INITIALIZERS: dict[str, Callable[[Network, int, jax.Array], dict[str, jax.Array]]] = {
     "normal": _normal,
     "uniform": _uniform,
     "glorot": _glorot,
     "activation_aware": _activation_aware,
+    "gradient_preserving": _gradient_preserving,
 }

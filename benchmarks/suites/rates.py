@@ -1,0 +1,255 @@
+"""Error and failures at every learning rate: nothing is tuned, every rate is run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+
+from benchmarks.lib.curves import Curves
+from benchmarks.lib.optimizers import chains
+from benchmarks.lib.runs import Phase, Record, Run, Settings
+from benchmarks.lib.suite import (
+    Entry,
+    Preset,
+    Protocol,
+    Suite,
+    entries,
+    keep_error,
+    problems,
+)
+from benchmarks.lib.train import Rule, Training, record_steps
+from benchmarks.tasks.images.data import load
+from benchmarks.tasks.images.models import MODELS
+from benchmarks.tasks.images.task import Classifier, Recipe, in_parts, on_device
+from benchmarks.tasks.pinn.network import Network
+from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
+
+# The most telling chains first: what a reader would try, and the controls that could
+# show that scale control is not needed. An unfinished suite answers for these.
+TELLING = (
+    *chains(["none", "StableGrad"], ["SOAP"]),
+    *("SOAP (eps=1e-16)", "SOAP (relative eps)"),
+    *("Muon", "range-safe Muon", "StableGrad + Muon"),
+    *("AdamW (b2=0.9)", "AdamW (b2=0.9, eps=1e-16)", "StableGrad + AdamW (b2=0.9)"),
+    *("AdamW", "StableGrad + AdamW"),
+)
+_BASES = ("Muon", "SOAP", "AdamW (b2=0.9)", "AdamW")
+REST = (
+    *chains(["clip", "normalize per array"], _BASES),
+    *chains(
+        ["StableGrad", "clip", "normalize per array"],
+        ["range-safe Muon", "SOAP (relative eps)"],
+    ),
+)
+NEAREST_KIN = ("SOAP (normalize_updates)", "LAMB", "LARS", "NovoGrad")
+# Where nothing vanishes.
+FEWER = (
+    *chains(["none", "StableGrad"], ["SOAP", "Muon", "AdamW (b2=0.9)"]),
+    *chains(["clip"], ["SOAP", "Muon"]),
+    *("SOAP (relative eps)", "range-safe Muon"),
+)
+BEFORE_SOAP = chains(["none", "normalize per array", "StableGrad"], ["SOAP"])
+# Factors of two. Both ends are worse than the best on the problems that were tried.
+_ADAM_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_MUON_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES: Mapping[str, tuple[float, ...]] = {
+    "AdamW": _ADAM_RATES,
+    "AdamW (b2=0.9)": _ADAM_RATES,
+    "AdamW (b2=0.9, eps=1e-16)": _ADAM_RATES,
+    "Muon": _MUON_RATES,
+    "range-safe Muon": _MUON_RATES,
+    "SOAP": _MUON_RATES,
+    "SOAP (relative eps)": _MUON_RATES,
+    "SOAP (eps=1e-16)": _MUON_RATES,
+    "SOAP (normalize_updates)": _MUON_RATES,
+    "LAMB": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+    "NovoGrad": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+    # Its rate multiplies a trust coefficient of 0.001.
+    "LARS": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+}
+SEEDS = tuple(range(800, 805))
+PROTOCOL = Protocol((), SEEDS, None)
+
+
+def _problem(
+    task: str,
+    init: str,
+    depth: int,
+    *,
+    network: str = "perceptron",
+    width: int = 32,
+    steps: int = 1000,
+) -> Settings:
+    (problem,) = problems(
+        task=[task],
+        network=[network],
+        init=[init],
+        depth=[depth],
+        width=[width],
+        steps=[steps],
+    )
+    return problem
+
+
+def _curves(
+    preset: str, cells: Iterable[Settings], optimizers: Iterable[str]
+) -> list[list[Entry]]:
+    return entries(preset, cells, optimizers, lambda o: RATES[o.base])
+
+
+_ON_DEEP = (  # depth 24, and 16 where a step costs more
+    ("reaction-diffusion", 24),
+    ("wave", 24),
+    ("burgers", 16),
+)
+_POISSON_50, _GLOROT_50 = (_problem("poisson", i, 50) for i in ("uniform", "glorot"))
+_DEEP = tuple(
+    _problem(task, init, depth)
+    for task, depth in (("poisson", 24), *_ON_DEEP)
+    for init in ("uniform", "glorot")
+)
+# For tanh its hidden kernels have the variance of Glorot's: few chains are enough.
+_GRADIENT_PRESERVING = tuple(
+    _problem(task, "gradient_preserving", depth)
+    for task, depth in (("poisson", 50), ("poisson", 24), *_ON_DEEP)
+)
+_RESIDUAL = tuple(
+    _problem(task, init, 24, network="residual")
+    for task in ("poisson", "reaction-diffusion")
+    for init in ("uniform", "glorot")
+)
+_SOLVED = tuple(
+    _problem(task, "glorot", 4, width=64, steps=2000)
+    for task in (
+        "allen_cahn, periodic, exact start",
+        "burgers, 128 points",
+        "wave, exact start and ends",
+        "helmholtz_4_4, Fourier features",
+        "helmholtz_1_4, Fourier features",
+        "poisson, 128 points",
+    )
+)
+_PAPER = _problem(
+    "allen_cahn, periodic, exact start", "glorot", 4, width=128, steps=10_000
+)
+_CONV = _problem("digits", "gain 0.75", 24, network="convolutional", width=8, steps=200)
+
+PRESETS = {
+    "smoke": Preset(
+        _curves(
+            "smoke",
+            [_problem("poisson", "uniform", 2, width=8, steps=5)],
+            ("range-safe Muon", "AdamW (b2=0.9, eps=1e-16)"),
+        ),
+        Protocol((), (100, 101, 102), None),
+        "seconds",
+        "every part of the machinery; its errors mean nothing",
+    ),
+    "poisson-50": Preset(
+        [
+            *_curves("poisson-50", [_POISSON_50, _GLOROT_50], TELLING),
+            *_curves("poisson-50", [_POISSON_50], (*REST, *NEAREST_KIN)),
+        ],
+        PROTOCOL,
+        "75 minutes on 2 idle cores",
+        "Poisson's equation, 50 layers: every chain and control",
+        workers=2,
+    ),
+    "deep": Preset(
+        [
+            *_curves("deep", _DEEP, TELLING),
+            *_curves("deep", _GRADIENT_PRESERVING, FEWER),
+        ],
+        PROTOCOL,
+        "100 minutes on 2 idle cores",
+        "four equations, 16 and 24 layers, and the gradient-preserving initializer",
+        workers=2,
+    ),
+    "conv": Preset(
+        _curves("conv", [_CONV], (*TELLING, *chains(["clip"], _BASES))),
+        PROTOCOL,
+        "20 minutes on 2 idle cores",
+        "the plain convolutional net of 24 layers, on digits",
+        workers=2,
+    ),
+    "residual": Preset(
+        _curves("residual", _RESIDUAL, FEWER),
+        PROTOCOL,
+        "25 minutes on 2 idle cores",
+        "24 layers with shortcuts and gates that start at 0",
+        workers=2,
+    ),
+    "solved": Preset(
+        _curves("solved", _SOLVED, FEWER),
+        PROTOCOL,
+        "80 minutes on 2 idle cores",
+        "six problems that the field solves, 4 layers",
+        workers=2,
+    ),
+    "paper": Preset(
+        entries("paper", [_PAPER], BEFORE_SOAP, lambda _: _MUON_RATES[1:6]),
+        PROTOCOL,
+        "35 minutes on 2 idle cores",
+        "Allen-Cahn as papers set it, at a budget that two cores can pay",
+        workers=2,
+    ),
+}
+
+
+@cache  # one object for each: programs are compiled for an object
+def _equation(name: str) -> Problem:
+    return PROBLEMS[name]()
+
+
+def training(settings: Settings, phase: Phase) -> Training:
+    """Makes the training of the settings; every run is scored on the test points."""
+    del phase
+    if settings["network"] == "convolutional":
+        return _classifier(settings)
+    equation, steps = _equation(settings["task"]), settings["steps"]
+    network = Network(
+        settings["depth"],
+        settings["width"],
+        initializer=settings["init"],
+        embedding=equation.embedding,
+        residual=settings["network"] == "residual",
+    )
+    return Training(
+        Pinn(equation, network),
+        Rule.from_settings(settings),
+        record_steps(steps, early=4, even=6),
+        evaluation(equation),
+    )
+
+
+def _classifier(settings: Settings) -> Training:
+    data, steps = load(settings["task"]), settings["steps"]
+    name = f"plain-{settings['depth']}, {settings['init']}"
+    model = MODELS[name](
+        width=settings["width"], norm="none", num_classes=data.num_classes
+    )
+    return Training(
+        Classifier(on_device(data), model, Recipe.of(data), 32, steps),
+        Rule.from_settings(settings, warm_up=True),
+        record_steps(steps, early=3, even=6),
+        in_parts(data, "test", 10_000),
+        side_by_side=False,
+    )
+
+
+def keep(run: Run, curves: Curves) -> Record:
+    """Keeps the relative L2 error, or the share of wrong images, and its curve."""
+    if run.settings["network"] != "convolutional":
+        return keep_error(run, curves, FAILURE_ERROR)
+    wrong = {"error": 1 - curves.scores["accuracy"]}
+    failure = 1 - load(run.settings["task"]).failure_accuracy
+    return keep_error(run, replace(curves, scores=wrong), failure)
+
+
+SUITE = Suite(
+    "rates",
+    "error and failures against the learning rate; nothing is tuned",
+    PRESETS,
+    training,
+    keep,
+)

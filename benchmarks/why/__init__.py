@@ -1,0 +1,1 @@
+"""Small experiments that show why scale control changes an optimizer's steps."""
