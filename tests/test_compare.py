@@ -667,7 +667,7 @@ def test_too_few_seeds_are_reported_before_training():
         raise RuntimeError("training has begun")
 
     with (
-        pytest.warns(UserWarning, match="4 seeds cannot distinguish 9 optimizers"),
+        pytest.warns(UserWarning, match="4 seeds cannot distinguish 11 optimizers"),
         pytest.raises(RuntimeError),
     ):
         compare_optimizers(loss_fn, never, sample, steps=9, num_seeds=4, key=KEY)

@@ -48,4 +48,9 @@ def test_an_example_compares_its_optimizers(path, monkeypatch):
 def test_what_it_printed_has_every_optimizer(path):
     lines = path.with_suffix(".txt").read_text().splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert all(any(line.startswith(n) for line in lines) for n in default_optimizers())
+    compared = [
+        name
+        for name in default_optimizers()
+        if "SOAP" not in name or path.stem != "compare_cnn"
+    ]
+    assert all(any(line.startswith(name) for line in lines) for name in compared)
