@@ -222,8 +222,12 @@ CASES = [
     ),
 ]
 
-# What has a mask, scale factors, and statistics of its own arrays.
-TRANSFORMATIONS = [c for c in CASES if not c.is_wrapper and not c.has_moments]
+# One case of each method that has a mask and statistics of its own arrays.
+TRANSFORMATIONS = [
+    case
+    for case in {case.factory: case for case in reversed(CASES)}.values()
+    if not case.is_wrapper and not case.has_moments
+]
 each_transformation = pytest.mark.parametrize(
     "case", TRANSFORMATIONS, ids=lambda case: case.name
 )

@@ -56,7 +56,7 @@ def test_the_second_call_does_not_recompile(case):
     assert len(traces) == 1
 
 
-@each_case
+@each_method
 def test_eager_updates_do_not_compile_after_the_second(case):
     """A conditional on a closure would compile anew and keep its program each time."""
     compilations = []
