@@ -27,7 +27,7 @@ def test_a_short_run_prints_every_optimizer_and_saves_a_figure(tmp_path, capsys)
     printed = capsys.readouterr().out
     for name, times in {**dict.fromkeys(demo.OPTIMIZERS, 2), demo.REMEDY: 1}.items():
         lines = re.findall(
-            rf"^.   {re.escape(name)} .*(?:failed|solved)", printed, re.M
+            rf"^.   {re.escape(name)}  +\W.*(?:failed|solved)", printed, re.M
         )
         assert len(lines) == times
     assert path.read_bytes().startswith(b"\x89PNG")
