@@ -68,23 +68,22 @@ def soap(
       learning_rate: A number or a schedule.
       b1: Decay of M, at least 0 and below 1.
       b2: Decay of V, L and R, at least 0 and below 1.
-      eps: Relative to the running maximum of the array's absolute gradient, or absolute
-        if ``relative_eps`` is ``False``. At least 0.
+      eps: Epsilon, at least 0 (see ``relative_eps``).
       weight_decay: Strength of decoupled weight decay, multiplied by the learning rate.
       mask: Which arrays decay: a pytree of bools, a prefix of one, or a function of the
         parameters that returns one, as in :func:`optax.adamw`. Default: all.
       precondition_frequency: Steps between two QR decompositions. A smaller number
         follows the gradient's covariance more closely and costs more.
-      max_precondition_size: The longest axis that has a basis. It decides the shapes of
-        the state: ``optax.inject_hyperparams`` must be told in ``static_args`` if
-        ``init`` is compiled.
+      max_precondition_size: The longest axis that has a basis. Name it in the
+        ``static_args`` of ``optax.inject_hyperparams`` if ``init`` is compiled.
       num_stacked_axes: How many leading axes of an array index separate layers (see
         :func:`stablegrad`): each slice has bases of its own. Default: none.
       weight_dimension_numbers: Which axes of an array are the rows and the columns of a
         matrix: ``optax.contrib.MuonDimensionNumbers`` or ``None`` for each array, a
         prefix of such a tree, or a function of the parameters that returns one. Axes
         that it does not name index separate matrices. Default: one basis for each axis.
-      relative_eps: ``False`` restores the absolute ``eps`` of the released code.
+      relative_eps: Whether ``eps`` is relative to the running maximum of the array's
+        absolute gradient. ``False`` makes it absolute, as in the released code.
       normalize_updates: Whether to divide each array's preconditioned update by its
         root mean square, as ``normalize_grads`` of the released code does.
       precision: The precision of all matrix products, as in ``jax.numpy.matmul``.
