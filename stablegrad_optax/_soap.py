@@ -69,7 +69,7 @@ def soap(
       b1: Decay of M, at least 0 and below 1.
       b2: Decay of V, L and R, at least 0 and below 1.
       eps: Epsilon, at least 0 (see ``relative_eps``).
-      weight_decay: Strength of decoupled weight decay, multiplied by the learning rate.
+      weight_decay: Decoupled weight decay, multiplied by the learning rate.
       mask: Which arrays decay: a pytree of bools, a prefix of one, or a function of the
         parameters that returns one, as in :func:`optax.adamw`. Default: all.
       precondition_frequency: Steps between two QR decompositions. A smaller number
@@ -92,8 +92,7 @@ def soap(
       A ``GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: For an argument outside its range; in ``init`` if
-        ``weight_dimension_numbers`` or ``num_stacked_axes`` does not fit the
+      ValueError: For an argument outside its range, or that does not fit the
         parameters; in ``update`` if the gradients are not those of the parameters.
 
     Examples:
