@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,17 @@ _VERDICTS = {
 }
 
 Arms = Mapping[tuple[str, str], Score]  # weights and optimizer -> score
-Rows = Sequence[tuple[Record, Arms]]
+
+
+class Row(NamedTuple):
+    """A network: its reports, its runs, and the remedies that help it."""
+
+    measured: Record
+    arms: Arms
+    helped: list[str]
+
+
+Rows = Sequence[Row]
 
 
 def _label(network: str, steps: int, weights: str) -> str:
@@ -71,10 +82,10 @@ def named(verdict: str) -> tuple[str, ...]:
 def _rates(rows: Rows, key: str) -> list[str]:
     counts = Counter(
         (
-            measured[key] not in _QUIET,
-            not set(named(measured[key])).isdisjoint(helps(arms)),
+            row.measured[key] not in _QUIET,
+            not set(named(row.measured[key])).isdisjoint(row.helped),
         )
-        for measured, arms in rows
+        for row in rows
     )
     fine, helped = (counts[True, h] + counts[False, h] for h in (False, True))
     return [
@@ -100,12 +111,27 @@ def _verdicts(measured: Record, after: Record | None) -> list[str]:
     ]
 
 
-def _remedies(measured: Record, arms: Arms) -> list[str]:
+def _remedies(row: Row) -> list[str]:
     errors = [
-        f"{_median(_errors(arms[arm])):.3g}" if arm in arms else "-"
+        f"{_median(_errors(row.arms[arm])):.3g}" if arm in row.arms else "-"
         for arm in (BASELINE, *REMEDIES.values())
     ]
-    return [measured["network"], *errors, ", ".join(helps(arms)) or "none"]
+    return [row.measured["network"], *errors, ", ".join(row.helped) or "none"]
+
+
+def _by_verdict(rows: Rows) -> list[list[str]]:
+    """Returns for each verdict how many networks each remedy helps, of those tried."""
+    lines = []
+    for verdict in dict.fromkeys((*_NAMED, *_QUIET)):
+        same = [row for row in rows if row.measured["verdict"] == verdict]
+        counts = []
+        for name, arm in REMEDIES.items():
+            helped = sum(name in row.helped for row in same)
+            tried = sum(arm in row.arms for row in same)
+            counts.append(f"{helped}/{tried}" if tried else "-")
+        if same:
+            lines.append([verdict, str(len(same)), *counts])
+    return lines
 
 
 def _joined(tables: Mapping[str, Table]) -> dict[tuple[str, int], Arms]:
@@ -123,14 +149,14 @@ def ending(measured: Sequence[Record], tables: Mapping[str, Table]) -> str:
     joined = _joined(tables)
     reports = {(r["network"], r["steps"], r["weights"]): r for r in measured}
     rows = [
-        (reports[*key, OWN], joined[key])
+        Row(reports[*key, OWN], joined[key], helps(joined[key]))
         for key in joined
         if BASELINE in joined[key] and (*key, OWN) in reports
     ]
-    num_initialized = sum(REMEDIES["Glorot weights"] in arms for _, arms in rows)
+    num_initialized = sum(REMEDIES["Glorot weights"] in arms for _, arms, _ in rows)
     verdicts = [
         _verdicts(report, reports.get((report["network"], report["steps"], GLOROT)))
-        for report, _ in rows
+        for report, *_ in rows
     ]
     rates = [_rates(rows, key) for key in _VERDICTS]
     head = ["network", "largest std", "ratio of std", "below Adam's eps"]
@@ -142,11 +168,14 @@ def ending(measured: Sequence[Record], tables: Mapping[str, Table]) -> str:
             "them. False alarms of the networks that no remedy of their verdict helps, "
             "misses of those that one helps.\n",
             markdown_table(["verdicts of", "false alarms", "misses"], rates),
+            "## Which remedies help\n\nNetworks that a remedy helps, of those on which "
+            "it was tried, by the verdict of the first gradient.\n",
+            markdown_table(["verdict", "networks", *REMEDIES], _by_verdict(rows)),
             "## Remedies\n\nMedian relative error over the seeds, lower is better, "
             "infinite where half of them failed; a dash: not tried.\n",
             markdown_table(
                 ["network", BASELINE[1], *REMEDIES, "helps"],
-                [_remedies(*row) for row in rows],
+                [_remedies(row) for row in rows],
             ),
             "## Reports\n\nThe first gradient at each network's own weights, and the "
             "verdict that remains with Glorot weights.\n",
