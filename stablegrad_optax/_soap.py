@@ -58,11 +58,10 @@ def soap(
     to the size of each array's gradient, so that gradients from 1e-30 to 1e30 train
     alike.
 
-    As in the released code, the first update sets the bases to the eigenvectors of
-    :math:`L` and :math:`R` and makes no step, so that :math:`n` counts the updates
-    before. The columns are sorted by :math:`\text{diag}(Q^T L Q)` before each QR
-    decomposition. Vectors and scalars have plain Adam, and an array of more axes has
-    one basis for each axis. Weight decay is that of :func:`optax.adamw`.
+    The first update sets the bases to the eigenvectors of :math:`L` and :math:`R` and
+    makes no step, so that :math:`n` counts the updates before. Vectors and scalars have
+    plain Adam, and an array of more axes has one basis for each axis. Weight decay is
+    that of :func:`optax.adamw`.
 
     Args:
       learning_rate: A number or a schedule.
