@@ -70,8 +70,7 @@ def soap(
       eps: Relative to the running maximum of the array's absolute gradient, or absolute
         if ``relative_eps`` is ``False``. At least 0.
       weight_decay: Strength of decoupled weight decay, multiplied by the learning rate.
-      mask: Which arrays decay: a pytree of bools, a prefix of one, or a function of the
-        parameters that returns one, as in :func:`optax.adamw`. Default: all.
+      mask: Which arrays decay, as in :func:`optax.adamw`. Default: all.
       precondition_frequency: Steps between two QR decompositions. A smaller number
         follows the gradient's covariance more closely and costs more.
       max_precondition_size: The longest axis that has a basis. It decides the shapes of
