@@ -99,36 +99,52 @@ def means_in_loops(
 
 @partial(jax.jit, static_argnums=1)
 def read(vector: jax.Array, leaves: tuple[Leaf, ...]) -> list[jax.Array]:
-    """Splits a vector f[slices] into f[stack] for each leaf.
-
-    XLA for a CPU fuses a slice at a constant position into whatever uses it, and then
-    compiles a kernel for every leaf. It does not treat the result of a conditional as a
-    constant, so that one kernel serves all leaves of a shape.
-    """
+    """Splits a vector f[slices] into f[stack] for each leaf."""
     if not leaves:
         return []
-    sizes = [leaf.num_slices for leaf in leaves]
-    first = np.cumsum([0, *sizes[:-1]])
-
-    def at_constants(vector: jax.Array) -> list[jax.Array]:
-        return [
-            lax.slice(vector, (i,), (i + n,)) for i, n in zip(first, sizes, strict=True)
-        ]
-
-    def at_variables(vector: jax.Array) -> list[jax.Array]:
-        def constants() -> list[jax.Array]:
-            return [jnp.asarray(start, jnp.uint32) for start in first]
-
-        starts = lax.cond(vector.any(), constants, constants)
-        return [
-            lax.dynamic_slice(vector, (i,), (n,))
-            for i, n in zip(starts, sizes, strict=True)
-        ]
-
-    entries = lax.platform_dependent(vector, cpu=at_variables, default=at_constants)
+    (entries,) = split([vector], [[leaf.num_slices for leaf in leaves]], vector.any())
     return [
         entry.reshape(leaf.stack) for entry, leaf in zip(entries, leaves, strict=True)
     ]
+
+
+def split(
+    arrays: Sequence[jax.Array], sizes: Sequence[Sequence[int]], flag: jax.Array
+) -> list[list[jax.Array]]:
+    """Splits each array along its first axis into parts of these sizes.
+
+    XLA for a CPU fuses a slice at a constant position into what computes the array or
+    uses the slice, and then compiles a kernel for every slice. It does not treat the
+    result of a conditional as a constant, so that one kernel serves all slices of a
+    shape.
+
+    Args:
+      arrays: The arrays.
+      sizes: For each array the lengths of its parts.
+      flag: Any bool of the program that is not a constant. Under ``vmap`` it should be
+        the same for all runs.
+    """
+    arrays = list(arrays)
+    starts = [np.cumsum([0, *each[:-1]]).tolist() for each in sizes]
+
+    def at_constants(arrays: list[jax.Array]) -> list[list[jax.Array]]:
+        return [
+            [lax.slice_in_dim(array, i, i + n) for i, n in zip(*each, strict=True)]
+            for array, *each in zip(arrays, starts, sizes, strict=True)
+        ]
+
+    def at_variables(arrays: list[jax.Array]) -> list[list[jax.Array]]:
+        def constants() -> list[list[jax.Array]]:
+            return [[jnp.asarray(i, jnp.uint32) for i in each] for each in starts]
+
+        return [
+            [lax.dynamic_slice_in_dim(array, i, n) for i, n in zip(*each, strict=True)]
+            for array, *each in zip(
+                arrays, lax.cond(flag, constants, constants), sizes, strict=True
+            )
+        ]
+
+    return lax.platform_dependent(arrays, cpu=at_variables, default=at_constants)
 
 
 def take(tree: Any, leaves: Sequence[Leaf]) -> list[jax.Array]:
@@ -226,16 +242,17 @@ def _sums(
     else:
         zeros = [jnp.zeros((), value.dtype) for value in values]
         totals = lax.reduce(values, zeros, _add, axes)
-    return [_replicated(total).reshape(-1) for total in totals]
+    return [replicated(total).reshape(-1) for total in totals]
 
 
 def _add(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> list[jax.Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-    """Gathers the sums of a stack that is sharded over an explicit mesh."""
-    sharding = jax.typeof(x).sharding
+def replicated(array: jax.Array) -> jax.Array:
+    """Gathers an array that is sharded over an explicit mesh."""
+    sharding = jax.typeof(array).sharding
     if any(axis is not None for axis in sharding.spec):
-        x = jax.sharding.reshard(x, sharding.update(spec=(None,) * x.ndim))
-    return x
+        spec = (None,) * array.ndim
+        array = jax.sharding.reshard(array, sharding.update(spec=spec))
+    return array

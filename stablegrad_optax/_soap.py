@@ -58,31 +58,32 @@ def soap(
     to the size of each array's gradient, so that gradients from 1e-30 to 1e30 train
     alike.
 
-    The first update sets the bases to the eigenvectors of :math:`L` and :math:`R` and
-    makes no step, so that :math:`n` counts the updates before. Vectors and scalars have
-    plain Adam, and an array of more axes has one basis for each axis. Weight decay is
-    that of :func:`optax.adamw`.
+    As in the released code, the first update sets the bases to the eigenvectors of
+    :math:`L` and :math:`R` and makes no step, so that :math:`n` counts the updates
+    before. The columns are sorted by :math:`\text{diag}(Q^T L Q)` before each QR
+    decomposition. Vectors and scalars have plain Adam, and an array of more axes has
+    one basis for each axis. Weight decay is that of :func:`optax.adamw`.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay of M, at least 0 and below 1.
       b2: Decay of V, L and R, at least 0 and below 1.
-      eps: Relative to the running maximum of the array's absolute gradient, or absolute
-        if ``relative_eps`` is ``False``. At least 0.
-      weight_decay: Strength of decoupled weight decay, multiplied by the learning rate.
-      mask: Which arrays decay, as in :func:`optax.adamw`. Default: all.
+      eps: Epsilon, at least 0 (see ``relative_eps``).
+      weight_decay: Decoupled weight decay, multiplied by the learning rate.
+      mask: Which arrays decay: a pytree of bools, a prefix of one, or a function of the
+        parameters that returns one, as in :func:`optax.adamw`. Default: all.
       precondition_frequency: Steps between two QR decompositions. A smaller number
         follows the gradient's covariance more closely and costs more.
-      max_precondition_size: The longest axis that has a basis. It decides the shapes of
-        the state: ``optax.inject_hyperparams`` must be told in ``static_args`` if
-        ``init`` is compiled.
+      max_precondition_size: The longest axis that has a basis. Name it in the
+        ``static_args`` of ``optax.inject_hyperparams`` if ``init`` is compiled.
       num_stacked_axes: How many leading axes of an array index separate layers (see
         :func:`stablegrad`): each slice has bases of its own. Default: none.
       weight_dimension_numbers: Which axes of an array are the rows and the columns of a
         matrix: ``optax.contrib.MuonDimensionNumbers`` or ``None`` for each array, a
         prefix of such a tree, or a function of the parameters that returns one. Axes
         that it does not name index separate matrices. Default: one basis for each axis.
-      relative_eps: ``False`` restores the absolute ``eps`` of the released code.
+      relative_eps: Whether ``eps`` is relative to the running maximum of the array's
+        absolute gradient. ``False`` makes it absolute, as in the released code.
       normalize_updates: Whether to divide each array's preconditioned update by its
         root mean square, as ``normalize_grads`` of the released code does.
       precision: The precision of all matrix products, as in ``jax.numpy.matmul``.
@@ -91,8 +92,7 @@ def soap(
       A ``GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: For an argument outside its range; in ``init`` if
-        ``weight_dimension_numbers`` or ``num_stacked_axes`` does not fit the
+      ValueError: For an argument outside its range, or that does not fit the
         parameters; in ``update`` if the gradients are not those of the parameters.
 
     Examples:

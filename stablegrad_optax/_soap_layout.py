@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
+from stablegrad_optax import _slices
 from stablegrad_optax._leaves import Leaf
 from stablegrad_optax._numerics import sum_dtype
 
@@ -59,7 +59,10 @@ class Group(NamedTuple):
 
     def stack(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """The slices of its arrays, from the arrays of the whole tree."""
-        views = [view.apply(gather(arrays[view.leaf.position])) for view in self.views]
+        views = [
+            view.apply(_slices.replicated(arrays[view.leaf.position]))
+            for view in self.views
+        ]
         return jnp.concatenate(views) if len(views) > 1 else views[0]
 
 
@@ -144,15 +147,6 @@ def per_leaf_numbers(
     return jax.tree.leaves(whole, is_leaf=is_leaf)
 
 
-def gather(array: jax.Array) -> jax.Array:
-    """The array replicated, where it is sharded over an explicit mesh."""
-    sharding = jax.typeof(array).sharding
-    if any(axis is not None for axis in sharding.spec):
-        replicated = sharding.update(spec=(None,) * array.ndim)
-        array = jax.sharding.reshard(array, replicated)
-    return array
-
-
 def shard_as(array: jax.Array, example: jax.Array) -> jax.Array:
     """The array with the sharding of an example, on an explicit mesh."""
     sharding = jax.typeof(example).sharding
@@ -166,41 +160,15 @@ def unstack(
 ) -> dict[int, jax.Array]:
     """The arrays of each group by their position in the tree.
 
-    XLA for a CPU fuses a slice at a constant into what computes the stack, and compiles
-    that once for every array. What a conditional returns is no constant to XLA, and one
-    kernel serves all arrays of a group.
-
     Args:
       stacks: One of each group.
       groups: Of the stacks.
-      flag: Any bool of the program that is not a constant and is the same for all runs.
+      flag: A bool as `_slices.split` takes it.
     """
-    stacks = list(stacks)
     sizes = [[view.num_slices for view in group.views] for group in groups]
-    starts = [np.cumsum([0, *each[:-1]]).tolist() for each in sizes]
-
-    def at_constants(stacks: list[jax.Array]) -> list[list[jax.Array]]:
-        return [
-            [lax.slice_in_dim(stack, i, i + n) for i, n in zip(*each, strict=True)]
-            for stack, *each in zip(stacks, starts, sizes, strict=True)
-        ]
-
-    def at_variables(stacks: list[jax.Array]) -> list[list[jax.Array]]:
-        def indices() -> list[list[jax.Array]]:
-            return jax.tree.map(lambda i: jnp.asarray(i, jnp.int32), starts)
-
-        where = lax.cond(flag, indices, indices)
-        return [
-            [
-                lax.dynamic_slice_in_dim(stack, i, n) if len(ns) > 1 else stack
-                for i, n in zip(at, ns, strict=True)
-            ]
-            for stack, at, ns in zip(stacks, where, sizes, strict=True)
-        ]
-
-    parts = lax.platform_dependent(stacks, cpu=at_variables, default=at_constants)
+    parts = _slices.split(list(stacks), sizes, flag)
     return {
         view.leaf.position: view.invert(part)
-        for group, of_group in zip(groups, parts, strict=True)
-        for view, part in zip(group.views, of_group, strict=True)
+        for group, each in zip(groups, parts, strict=True)
+        for view, part in zip(group.views, each, strict=True)
     }

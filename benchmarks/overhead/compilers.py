@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -29,6 +30,8 @@ def _tpu() -> Any:
 
 
 def _gpu() -> Any:
+    # JAX tries to start each platform, and forgets the compiler of one that fails.
+    jax.config.update("jax_platforms", "cpu")
     config = (Path(__file__).parent / "h100.txt").read_text()
     return topologies.get_topology_desc(
         "H100", "cuda", target_config=config, topology="1x1x1"

@@ -10,6 +10,7 @@ in the copy that fetches it. Caches are not modelled.
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from benchmarks.overhead import hlo
@@ -57,41 +58,51 @@ class Program(NamedTuple):
     branches: Cost  # of all branches of conditionals, of which one runs
 
 
-def count(text: str) -> Program:
+def count(text: str, unknown_rounds: int | None = None) -> Program:
     """Counts an optimized module, the text of `jax.stages.Compiled.as_text`.
 
+    Args:
+        text: the module.
+        unknown_rounds: how often a loop counts whose length the compiler does not say.
+
     Raises:
-        ValueError: if the compiler does not say how often a loop runs.
+        ValueError: for such a loop, if ``unknown_rounds`` is None.
     """
     module = hlo.parse(text)
     totals: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-    for where, instruction, times, in_branch in _executed(module, module.entry):
+    executed = _executed(module, unknown_rounds, module.entry)
+    for where, instruction, times, in_branch in executed:
         for name, number in _cost(module, where, instruction)._asdict().items():
             totals[in_branch][name] += times * number
     return Program(Cost(**totals[False]), Cost(**totals[True]))
 
 
 def _executed(
-    module: Module, name: str, times: int = 1, in_branch: bool = False
+    module: Module,
+    unknown_rounds: int | None,
+    name: str,
+    times: int = 1,
+    in_branch: bool = False,
 ) -> Iterator[tuple[Computation, Instruction, int, bool]]:
     """Instructions that run, with where they stand, how often, and whether always."""
+    executed = partial(_executed, module, unknown_rounds)
     computation = module.computations[name]
     for instruction in computation.instructions.values():
         if instruction.opcode == "while":
             known = _ROUNDS.search(instruction.attributes)
-            if known is None:
+            rounds = int(known[1]) if known else unknown_rounds
+            if rounds is None:
                 raise ValueError(f"how often {instruction.name} loops is not known")
-            rounds = times * int(known[1])
             for called in instruction.called("condition", "body"):
-                yield from _executed(module, called, rounds, in_branch)
+                yield from executed(called, times * rounds, in_branch)
         elif instruction.opcode in ("call", "async-start"):
             for called in instruction.called("to_apply", "calls"):
-                yield from _executed(module, called, times, in_branch)
+                yield from executed(called, times, in_branch)
         else:
             yield computation, instruction, times, in_branch
             if instruction.opcode == "conditional":
                 for called in instruction.called(*_BRANCHES):
-                    yield from _executed(module, called, times, True)
+                    yield from executed(called, times, True)
 
 
 def _cost(module: Module, where: Computation, instruction: Instruction) -> Cost:
