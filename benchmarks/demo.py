@@ -89,7 +89,7 @@ class Options:
 
     gain: float | None = None
     """Standard deviation of normal initial weights times sqrt(fan-in), above 0: 5/3
-    makes gradients explode, 1 is a healthy start, 0.3 makes them vanish. By default the
+    makes gradients explode, 1 keeps their size, 0.3 makes them vanish. By default the
     weights are those of Equinox and PyTorch, uniform within 1 / sqrt(fan-in), from
     which they vanish too."""
 

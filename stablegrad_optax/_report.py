@@ -41,20 +41,21 @@ def gradient_report(
     ``print(gradient_report(grads))`` shows the gravest verdict that fits, its evidence,
     what to try in the order of cost, and a table of all arrays:
 
-    =========================  =====================================================
-    verdict                    when
-    =========================  =====================================================
-    non-finite                 any entry, or any step of ``history``, is not finite
-    vanishing                  the largest std of a weight is below 1e-12
-    mostly below Adam's eps    more than half of the non-zero entries are
-    exploding start            with ``history``: a weight's std fell by more than 1e3
-    unbalanced between layers  max/min of the weights' stds is above 1e3; with
-                               ``history``, at its end
-    large                      the largest std is above 1e3, and no ``history`` says
-                               whether it stays there
-    dead weights               a weight has no gradient at all
-    no trouble seen            none of these
-    =========================  =====================================================
+    ===========================  ===================================================
+    verdict                      when
+    ===========================  ===================================================
+    non-finite                   any entry, or any step of ``history``, is not finite
+    vanishing                    the largest std of a weight is below 1e-12
+    mostly below Adam's eps      more than half of the non-zero entries are
+    exploding at initialization  with ``history``: a weight's std fell by more than
+                                 1e3
+    unbalanced between layers    max/min of the weights' stds is above 1e3; with
+                                 ``history``, at its end
+    large                        the largest std is above 1e3, and no ``history`` says
+                                 whether it stays there
+    dead weights                 a weight has no gradient at all
+    no trouble seen              none of these
+    ===========================  ===================================================
 
     One gradient does not show whether it is large because of the unit of the loss or
     because it explodes at initialization. Pass the first steps as ``history`` to

@@ -10,7 +10,7 @@ VERDICTS = (
     "non-finite",
     "vanishing",
     "mostly below Adam's eps",
-    "exploding start",
+    "exploding at initialization",
     "unbalanced between layers",
     "large",
     "dead weights",
@@ -18,7 +18,7 @@ VERDICTS = (
 )
 
 _SMALL = ("vanishing", "mostly below Adam's eps", "unbalanced between layers")
-_LARGE = ("exploding start", "large")
+_LARGE = ("exploding at initialization", "large")
 
 
 class Remedy(NamedTuple):

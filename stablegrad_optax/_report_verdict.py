@@ -41,7 +41,7 @@ def judge(
     if below_adam_eps > _MOSTLY * (1 - zero):
         return "mostly below Adam's eps"
     if drift is not None and drift > _DRIFT:
-        return "exploding start"
+        return "exploding at initialization"
     if std_ratio > UNBALANCED_RATIO:
         return "unbalanced between layers"
     if drift is None and max_std > _LARGE_STD:
@@ -169,7 +169,7 @@ class GradientReport:
             return None, ""
         return {
             "non-finite": (history.nonfinite_step, history.nonfinite),
-            "exploding start": (history.drift_step, history.drifted),
+            "exploding at initialization": (history.drift_step, history.drifted),
             "unbalanced between layers": (
                 history.unbalanced_step,
                 history.unbalanced,

@@ -523,33 +523,3 @@ def test_no_private_import_of_optax_and_no_front_end_in_the_package():
         for module in imports:
             assert not module.startswith("optax._"), path
             assert module.split(".")[0] not in ("flax", "equinox", "matplotlib", "rich")
-
-
-def registry_table():
-    """Returns the registry as tests/README.md lists it."""
-
-    def call(case):
-        arguments = [
-            f"{name}={getattr(value, '__name__', repr(value))}"
-            for name, value in case.kwargs.items()
-        ]
-        return f"`{case.factory.__name__}({', '.join(arguments)})`"
-
-    rows = [
-        (
-            case.name,
-            call(case),
-            "yes" if case.is_layerwise else "no",
-            str(case.degree),
-            "yes" if case.is_idempotent else "no",
-            ", ".join(case.converges) or "none",
-        )
-        for case in CASES
-    ]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def test_the_readme_lists_the_registry():
-    lines = (Path(__file__).parent / "README.md").read_text().splitlines()
-    start, end = lines.index("<!-- cases -->"), lines.index("<!-- /cases -->")
-    assert lines[start + 3 : end] == registry_table()

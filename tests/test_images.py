@@ -29,7 +29,7 @@ TINY = PlainNet(width=2, depth=4)
 
 def task_of(model, batch=16, steps=6):
     data = load("digits")
-    return Classifier(on_device(data), model, Recipe.of(data), batch, steps)
+    return Classifier(on_device(data), model, Recipe.for_data(data), batch, steps)
 
 
 def train(optimizer, *, seed, rate=0.01, batch=16, steps=6):
@@ -172,7 +172,7 @@ def test_inputs_have_mean_0_and_variance_1_by_channel():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, [50, 150, 250], (64, 5, 5, 3)).astype(np.uint8)
     data = Data("noise", {"train": Images(pixels, np.zeros(64, int))}, 10)
-    inputs = Recipe.of(data).normalize(pixels)
+    inputs = Recipe.for_data(data).normalize(pixels)
     np.testing.assert_allclose(inputs.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(inputs.std((0, 1, 2)), 1, rtol=1e-4)
 
@@ -195,7 +195,7 @@ def test_augmented_images_are_shifted_and_mirrored_copies():
 
 def test_digits_are_not_augmented():
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
-    recipe = Recipe.of(load("digits"))
+    recipe = Recipe.for_data(load("digits"))
     np.testing.assert_array_equal(recipe.augment(images, jax.random.key(1)), images)
 
 
@@ -238,7 +238,7 @@ def test_training_is_momentum_sgd_on_the_named_batches():
 def score(model, params, batch_stats, images):
     """The literal share of images that have the largest logit at their label."""
     variables = {"params": params, "batch_stats": batch_stats}
-    inputs = Recipe.of(load("digits")).normalize(images.pixels)
+    inputs = Recipe.for_data(load("digits")).normalize(images.pixels)
     logits = model.apply(variables, inputs, train=False)
     return float(np.mean(logits.argmax(-1) == images.labels))
 

@@ -89,7 +89,7 @@ def test_the_residual_probe_is_the_packages_recipe(small):
 
 
 def test_poissons_interior_does_not_depend_on_u_itself():
-    """Its field probe is that of the boundary's 32 points beside 64 zeros."""
+    """Its field probe is that of the boundary's 32 points and of 64 zeros."""
     task = Pinn(PROBLEMS["poisson"](), Network(1, 4))
     params = task.network.init(jax.random.key(0))
     points = task.problem.sample(jax.random.key(1))

@@ -140,7 +140,7 @@ def first_steps(scale, gain, depth=16, steps=100):
 def test_the_first_steps_tell_an_exploding_start_from_a_large_loss():
     grads, first = first_steps(scale=1.0, gain=5 / 3)
     exploding = gradient_report(grads, **first)
-    assert exploding.verdict == "exploding start"
+    assert exploding.verdict == "exploding at initialization"
     assert f"{exploding.history.drifted} fell by" in " ".join(str(exploding).split())
 
     grads, first = first_steps(scale=1e5, gain=1.0)
@@ -514,7 +514,7 @@ def test_history_of_synthetic_steps():
         return gradient_report(grads, history=history)
 
     report = after(grads, np.geomspace(5e-6, 0.5, 50))
-    assert report.verdict == "exploding start"
+    assert report.verdict == "exploding at initialization"
     assert report.history.drifted == "layer_1/kernel"
     for zeros in np.s_[:3], np.s_[-10:]:
         factors = 1e-4 * ones

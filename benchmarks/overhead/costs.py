@@ -66,7 +66,7 @@ def count(text: str, unknown_rounds: int | None = None) -> Program:
         unknown_rounds: how often a loop counts whose length the compiler does not say.
 
     Raises:
-        ValueError: for such a loop, if ``unknown_rounds`` is None.
+        ValueError: for such a loop, if ``unknown_rounds`` is not given.
     """
     module = hlo.parse(text)
     totals: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}

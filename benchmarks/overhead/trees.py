@@ -46,7 +46,7 @@ def gpt2() -> Shapes:
 
 
 def decoder(blocks: int = 6, width: int = 768) -> Shapes:
-    """GPT-2's blocks and last norm alone; leaf by leaf, 6 fit into a TPU's VMEM."""
+    """GPT-2's blocks and last norm; each array of 6 blocks fits into a TPU's VMEM."""
     norm = {"bias": (width,), "scale": (width,)}
 
     def dense(inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:

@@ -301,7 +301,7 @@ def heat_map(
     *,
     limit: float,
 ) -> QuadMesh:
-    """Draws log10 of a positive quantity by layer and step; red above 1, blue below.
+    """Draws log10 of a quantity per layer and step: red above 1, blue below.
 
     Args:
         ax: Where to draw.

@@ -24,7 +24,7 @@ _NAMED = {
         ("Glorot weights", "eps=1e-16", "b2=0.9", "StableGrad, b2=0.9"),
     ),
     **dict.fromkeys(
-        ("exploding start", "large"),
+        ("exploding at initialization", "large"),
         ("Glorot weights", "clip, b2=0.9", "StableGrad, b2=0.9"),
     ),
 }

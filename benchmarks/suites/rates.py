@@ -229,7 +229,7 @@ def _classifier(settings: Settings) -> Training:
         width=settings["width"], norm="none", num_classes=data.num_classes
     )
     return Training(
-        Classifier(on_device(data), model, Recipe.of(data), 32, steps),
+        Classifier(on_device(data), model, Recipe.for_data(data), 32, steps),
         Rule.from_settings(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, "test", 10_000),

@@ -277,7 +277,9 @@ def training(settings: Settings, phase: Phase) -> Training:
     )
     split = "validation" if phase == "tuning" else "test"
     return Training(
-        Classifier(on_device(data), model, Recipe.of(data), settings["batch"], steps),
+        Classifier(
+            on_device(data), model, Recipe.for_data(data), settings["batch"], steps
+        ),
         Rule.from_settings(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),

@@ -38,10 +38,11 @@ class Digits(Supervised):
 def pieces() -> dict:
     """`train` and `recipe` of `Digits`."""
     data = load("digits")
-    return {"train": on_device(data), "recipe": Recipe.of(data)}
+    return {"train": on_device(data), "recipe": Recipe.for_data(data)}
 
 
 @cache
 def held_out(split: Split) -> HeldOut:
     images = load("digits").splits[split]
-    return HeldOut(Recipe.of(load("digits")).normalize(images.pixels), images.labels)
+    recipe = Recipe.for_data(load("digits"))
+    return HeldOut(recipe.normalize(images.pixels), images.labels)

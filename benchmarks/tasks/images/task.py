@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
 
     @classmethod
     @cache
-    def of(cls, data: Data) -> "Recipe":
+    def for_data(cls, data: Data) -> "Recipe":
         channels = np.moveaxis(data.splits["train"].pixels, -1, 0)
         mean = tuple(float(channel.mean()) / 255 for channel in channels)
         std = tuple(float(channel.std()) / 255 for channel in channels)

@@ -182,10 +182,10 @@ class Network:
 def _activate(
     activation: str, second: SecondOrder | None, streams: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    """The streams behind an activation, from those before it.
+    """Returns the streams after an activation, given those that enter it.
 
-    Its backward pass is written out: of the one that JAX derives, XLA:CPU makes more
-    than twice as many kernels, and a training step takes a third longer.
+    Its backward pass is written out: XLA:CPU makes more than twice as many kernels of
+    the one that JAX derives, and a training step takes a third longer.
     """
     f = ACTIVATIONS[activation](streams[0] + bias)
     if second is None:
