@@ -44,7 +44,7 @@ REMEDIES = (
     ),
     Remedy(
         "b2",
-        "use b2=0.9 in Adam; a clip shrinks all layers alike and is no use",
+        "use b2=0.9 in Adam; a clip shrinks all layers alike and seldom helps",
         _SMALL,
     ),
     Remedy(
