@@ -68,4 +68,4 @@ __all__ = [
     "value_and_grad_with_prediction_std",
 ]
 
-__version__ = "0.3.0.dev0"
+__version__ = "0.3.0"
