@@ -22,8 +22,6 @@ from benchmarks.tasks.images.task import (
 )
 from tests.reference_data import reference_file
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = PlainNet(width=2, depth=4)
 
 
