@@ -2,22 +2,26 @@
 
 import os
 
-import jax
-import pytest
-
-# Compilation is most of what the tests cost. These flags halve it: XLA's older emitters
-# of loops, and one thread for each program. `XLA_FLAGS= make test` tests without them.
+# Compilation is most of what the tests cost. XLA's older emitters of loops, one thread
+# for each program, and few optimizations make it several times cheaper. Processes that
+# tests start inherit this. `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`
+# tests what users compile.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax
+import pytest
+
 jax.config.update("jax_num_cpu_devices", 8)
+IS_QUICK = jax.config.read("jax_disable_most_optimizations")
 
 
 def pytest_runtest_setup(item):
-    """Turns most optimizations off, and skips what an older XLA does not do."""
-    is_recent = item.get_closest_marker("recent_xla") is not None
-    if is_recent and jax.__version_info__ < (0, 10):
+    """Turns optimizations on where they matter, and skips what an older XLA lacks."""
+    if item.get_closest_marker("recent_xla") and jax.__version_info__ < (0, 10):
         pytest.skip(f"XLA of jax {jax.__version__} fuses less on a CPU than 0.10's")
-    is_optimized = is_recent or item.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not is_optimized)
+    is_optimized = item.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", IS_QUICK and not is_optimized)
