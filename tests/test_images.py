@@ -77,7 +77,13 @@ def test_models_have_the_published_number_of_parameters(
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "EfficientNetV2-S" else ())
+        for name in MODELS
+    ],
+)
 def test_without_batchnorm_nothing_else_changes(name):
     def kernels(variables):
         return {
