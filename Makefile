@@ -16,7 +16,7 @@ test-all: lint
 
 # What a step moves on a TPU, as its compiler says; no TPU is needed.
 test-tpu: .venv/installed-tpu
-	$(BIN)/python -m pytest tests/test_compiled_cost.py
+	$(BIN)/python -m pytest tests/test_compiled_cost.py -m "slow or not slow"
 
 # The tests with the lowest versions of jax and optax that pyproject.toml declares.
 LOWEST = $(shell sed -n 's/^dependencies = //p' pyproject.toml | tr -d '[]," ' | \

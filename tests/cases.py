@@ -5,7 +5,7 @@ with one entry; a property that does not hold for it is switched off in that ent
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +248,28 @@ each_scaling_case = pytest.mark.parametrize(
 each_scaling_method = pytest.mark.parametrize(
     "case", SCALING_METHODS, ids=lambda case: case.name
 )
+
+
+def each_with_one(
+    cases: Sequence[Case], name: str, values: Sequence[Any], ids: Sequence[str] = ()
+) -> pytest.MarkDecorator:
+    """Runs each case with one value of another argument, in turn.
+
+    The same code handles a value for every case, so the other pairs are slow.
+    """
+    ids = ids or [str(value) for value in values]
+    pairs = [
+        pytest.param(
+            case,
+            value,
+            id=f"{case.name}-{ids[j]}",
+            marks=() if i % len(values) == j else pytest.mark.slow,
+        )
+        for i, case in enumerate(cases)
+        for j, value in enumerate(values)
+    ]
+    return pytest.mark.parametrize(("case", name), pairs)
+
 
 SHAPES = {
     "hidden": {"bias": (3,), "kernel": (4, 3)},

@@ -12,8 +12,6 @@ from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS
 from benchmarks.tasks.pinn.scanned import Scanned
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SOLUTIONS = {
     "wave": lambda p: jnp.sin(jnp.pi * p[..., 0]) * jnp.cos(jnp.pi * p[..., 1]),
     "reaction-diffusion": lambda p: (

@@ -14,8 +14,6 @@ from benchmarks.lib.optimizers import BASES, METHODS, Optimizer, chains, in_orde
 from benchmarks.lib.train import Rule, schedule
 from stablegrad_optax import stablegrad
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
 GRADS = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.array([1e3, -1e-3])}
 PROBES = ("field", "residuals", "prediction")

@@ -15,8 +15,6 @@ from benchmarks.lib import runs
 from benchmarks.lib.grid import Ledger
 from benchmarks.lib.optimizers import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[1]
 PRESETS = [
     pytest.param(suite, preset, id=f"{suite}-{preset}")

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import pytest
 import training
-from cases import assert_trees_equal, each_case, gradients
+from cases import CASES, assert_trees_equal, each_with_one, gradients
 
 from stablegrad_optax import scale_factors
 
@@ -56,8 +55,12 @@ def through_pickle(tree, template, directory):
     return pickle.loads(pickle.dumps(jax.device_get(tree)))
 
 
-@pytest.mark.parametrize("through", [through_orbax, through_bytes, through_pickle])
-@each_case
+@each_with_one(
+    CASES,
+    "through",
+    [through_orbax, through_bytes, through_pickle],
+    ids=["orbax", "bytes", "pickle"],
+)
 def test_resumed_equals_uninterrupted(case, through, tmp_path):
     """Saved after two of four steps in a chain with AdamW, restored into a new init."""
     tx, run = steps_of(case)

@@ -28,8 +28,6 @@ from stablegrad_optax._ranking import choose_rate, rank_test, seeds_to_decide
 from stablegrad_optax._runs import OptimizerRuns
 from stablegrad_optax._training import Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 ADAM = {"Adam": optax.adam}
 

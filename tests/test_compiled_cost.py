@@ -204,6 +204,13 @@ def test_a_compiler_that_is_not_installed_costs_one_line(
 needs_libtpu = pytest.mark.skipif(
     compilers.missing("tpu") is not None, reason=str(compilers.missing("tpu"))
 )
+
+
+def on_a_tpu(test):
+    """Marks what `make test-tpu` runs: seconds for each program, fully optimized."""
+    return pytest.mark.slow(pytest.mark.optimized(needs_libtpu(test)))
+
+
 MEASURED = (
     *METHODS_OF_THE_PACKAGE,
     "clip by history + AdamW",
@@ -217,7 +224,7 @@ def tpu():
     return compilers.load("tpu")
 
 
-@needs_libtpu
+@on_a_tpu
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ("loop", "branches")])
 def test_a_tpus_bytes_are_those_that_a_program_must_move(tpu, name):
     function, arguments, always, _ = PROGRAMS[name]
@@ -230,7 +237,7 @@ def test_a_tpus_bytes_are_those_that_a_program_must_move(tpu, name):
     assert found.branches == costs.Cost()
 
 
-@needs_libtpu
+@on_a_tpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MEASURED)
 def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
@@ -251,7 +258,7 @@ def test_on_a_tpu_a_method_reads_a_large_leaf_once_more_and_never_branches(
     assert own.branches == costs.Cost()
 
 
-@needs_libtpu
+@on_a_tpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MEASURED)
 def test_on_2_by_2_tpus_a_method_needs_one_all_reduce(tpu, name, dtype):

@@ -12,6 +12,7 @@ import optax
 import pytest
 from cases import (
     CASES,
+    METHODS,
     assert_trees_close,
     assert_trees_equal,
     each_case,
@@ -19,6 +20,7 @@ from cases import (
     each_scaling_case,
     each_scaling_method,
     each_transformation,
+    each_with_one,
     gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -166,9 +168,15 @@ PROBLEMS = {
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
-        pytest.param(case, problem, id=f"{case.name}-{problem}")
+        pytest.param(
+            case,
+            problem,
+            id=f"{case.name}-{problem}",
+            # A variant of a method's arguments solves one problem.
+            marks=() if case in METHODS or i == 0 else pytest.mark.slow,
+        )
         for case in CASES
-        for problem in case.converges
+        for i, problem in enumerate(case.converges)
     ],
 )
 def test_reaches_the_optimum_in_30000_steps(case, problem):
@@ -224,8 +232,7 @@ def test_hyperparams_follow_a_schedule(case):
 DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@each_case
+@each_with_one(CASES, "dtype", DTYPES)
 def test_dtype_is_preserved(case, dtype):
     """Updates have the gradients' dtype; statistics of 16 bits are kept in float32."""
     with jax.enable_x64(jnp.dtype(dtype).itemsize * 8 in (64, 128)):
@@ -304,8 +311,7 @@ def test_init_on_shapes_alone(case):
     assert_trees_equal(case.tx.init(shapes), case.tx.init(gradients()))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@each_method
+@each_with_one(METHODS, "compiled", [False, True], ids=["eager", "jit"])
 def test_explicit_mesh_types_are_kept(case, compiled):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     kernel = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -338,7 +344,8 @@ def test_explicit_mesh_types_are_kept(case, compiled):
     assert_trees_close(jax.device_get(updates), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
+@each_with_one(
+    CASES,
     "empty",
     [
         [],
@@ -349,9 +356,7 @@ def test_explicit_mesh_types_are_kept(case, compiled):
         {"a": optax.MaskedNode(), "b": {}},
         {"a": {"kernel": None}},
     ],
-    ids=str,
 )
-@each_case
 def test_empty_trees(case, empty):
     state = case.tx.init(empty)
     updates, new_state = case.tx.update(empty, state, empty, **case.extra_args)
@@ -469,8 +474,7 @@ def wrappers(case):
     }
 
 
-@pytest.mark.parametrize("wrapper", wrappers(CASES[0]))
-@each_method
+@each_with_one(METHODS, "wrapper", list(wrappers(CASES[0])))
 def test_inside_a_wrapper_equals_alone(case, wrapper):
     tx = optax.with_extra_args_support(wrappers(case)[wrapper])
     grads = gradients()

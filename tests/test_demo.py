@@ -16,8 +16,6 @@ from benchmarks import demo
 from benchmarks.report import figures
 from benchmarks.tasks.pinn.references import cole_hopf, read_burgers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = ["--depth", "2", "--width", "4", "--steps", "5"]
 
 

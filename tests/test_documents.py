@@ -13,8 +13,6 @@ import pytest
 import stablegrad_optax
 from benchmarks import gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BUILT = ROOT / "docs" / "notebooks", ROOT / "docs" / "results"  # by docs/conf.py

@@ -9,8 +9,6 @@ import pytest
 
 from stablegrad_optax import default_optimizers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 

@@ -22,8 +22,6 @@ from benchmarks.tasks.images.task import (
 )
 from tests.reference_data import reference_file
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = PlainNet(width=2, depth=4)
 
 
@@ -79,7 +77,13 @@ def test_models_have_the_published_number_of_parameters(
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "EfficientNetV2-S" else ())
+        for name in MODELS
+    ],
+)
 def test_without_batchnorm_nothing_else_changes(name):
     def kernels(variables):
         return {

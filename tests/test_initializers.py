@@ -166,12 +166,11 @@ def test_gradients_of_a_deep_network(activation, preserve):
         x, _ = jax.lax.scan(layer, x, keys)
         return x @ jax.random.normal(key, (256,))
 
-    input_gradient = jax.jit(jax.grad(network))
+    input_gradients = jax.jit(jax.vmap(jax.grad(network), (None, 0)))
     # A small input: tanh and sin reach their fixed point at zero only algebraically.
     inputs = 0.1 * jax.random.normal(jax.random.key(1), (256,))
     keys_out = jax.random.split(jax.random.key(2), 4)
-    squares = [jnp.mean(input_gradient(inputs, key) ** 2) for key in keys_out]
-    growth = float(np.mean(squares))
+    growth = float(jnp.mean(input_gradients(inputs, keys_out) ** 2))
     # The variance of tanh, sin and elu falls to its fixed point as a power of the
     # depth, and the gradient changes as another. The random factors of relu add up.
     if preserve == "gradient" or activation is jax.nn.relu:

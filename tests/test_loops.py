@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_trees_close, each_method
+from cases import METHODS, assert_trees_close, each_method, each_with_one
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
@@ -285,8 +285,7 @@ def test_nnx_optimizer():
     assert_trained(nnx.to_pure_dict(params), factors)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@each_method
+@each_with_one(METHODS, "axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_nnx_optimizer_with_sharding_metadata(case, axis_type):
     """Parameters that carry partition names, on a mesh of two by four devices."""
     if axis_type == AxisType.Explicit and jax.__version_info__ < (0, 10):

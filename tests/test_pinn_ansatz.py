@@ -10,8 +10,6 @@ import pytest
 from benchmarks.tasks.pinn.ansatz import Ansatz, derivatives_of, fourier_features
 from benchmarks.tasks.pinn.network import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SECOND = ((1.0, 1.0), (1.0, 0.0), (0.5, -2.0))
 POINTS = jax.random.uniform(jax.random.key(2), (3, 5, 2), minval=-1)
 FEATURES = fourier_features([(np.pi, 0.0), (2.0, -3.0)], coordinates=(1,))

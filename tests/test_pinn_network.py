@@ -10,8 +10,6 @@ import pytest
 
 from benchmarks.tasks.pinn.network import ACTIVATIONS, INITIALIZERS, Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SECOND = ((1.0, 1.0), (1.0, 0.0), (0.5, -2.0))
 
 

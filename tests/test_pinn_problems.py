@@ -15,8 +15,6 @@ from benchmarks.tasks.pinn.problems import PROBLEMS, relative_l2
 from benchmarks.tasks.pinn.references import allen_cahn, cole_hopf, read_burgers
 from benchmarks.tasks.pinn.task import Pinn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXACT = {
     "poisson": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.sin(jnp.pi * x[1]),
     "helmholtz_1_4": lambda x: jnp.sin(jnp.pi * x[0]) * jnp.sin(4 * jnp.pi * x[1]),

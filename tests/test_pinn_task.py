@@ -14,8 +14,6 @@ from benchmarks.tasks.pinn.problems import PROBLEMS
 from benchmarks.tasks.pinn.task import Pinn, evaluation
 from stablegrad_optax import prediction_grad_std, value_and_grad_with_prediction_std
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = {
     "equation": "poisson",
     "depth": 10,  # "dense_10" sorts before "dense_2"

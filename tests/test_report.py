@@ -136,7 +136,6 @@ def first_steps(scale, gain, depth=16, steps=100):
     return jax.grad(loss)(params), {"num_stacked_axes": stacked, "history": history}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_first_steps_tell_an_exploding_start_from_a_large_loss():
     grads, first = first_steps(scale=1.0, gain=5 / 3)
     exploding = gradient_report(grads, **first)
@@ -161,7 +160,6 @@ def test_a_vanishing_network():
     assert "initialize_weights(params, key)" in report.remedy
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_equinox_default_at_depth_20():
     model = eqx.nn.MLP(2, 1, 100, 20, jnp.tanh, key=jax.random.key(0))
     layers = [

@@ -12,8 +12,6 @@ from benchmarks.tasks.control.environments import ENVIRONMENTS
 from benchmarks.tasks.control.task import Ppo
 from stablegrad_optax import prediction_grad_std
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # An episode of random actions takes some 22 steps: several end in a rollout.
 TASK = Ppo(ENVIRONMENTS["CartPole-v1"], copies=3, horizon=40, minibatches=4, epochs=2)
 NUM_EXAMPLES, UPDATES = 120, 8

@@ -27,8 +27,6 @@ from benchmarks.tasks.sequences.models import (
     to_e1m2,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def settings_of(task, **others):
     """Returns the settings of the tiny model, one update of four examples."""

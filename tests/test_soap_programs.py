@@ -1,5 +1,6 @@
 """SOAP in every kind of program: batches, meshes, threads, checkpoints, eager calls."""
 
+import functools
 import pickle
 import shutil
 import subprocess
@@ -32,7 +33,9 @@ def gradients(steps, seed=0, dtype=np.float32):
     ]
 
 
+@functools.cache
 def make():
+    """One transformation, so that tests share its programs."""
     return scale_by_soap(precondition_frequency=3)
 
 

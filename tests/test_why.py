@@ -6,8 +6,6 @@ import pytest
 from benchmarks.why import __main__ as why
 from benchmarks.why import experiments, page
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_eps_stops_adam_where_the_gradient_is_below_it():
     """Adam's update is g / (|g| + eps): 1e-4 of the usual one at 1e-4 of eps."""
