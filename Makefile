@@ -11,8 +11,10 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# All tests, with the compiler that users have: `make test` turns most optimizations off.
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # What a step moves on a TPU, as its compiler says; no TPU is needed.
 test-tpu: .venv/installed-tpu

@@ -4,8 +4,7 @@ import os
 
 # Compilation is most of what the tests cost. XLA's older emitters of loops, one thread
 # for each program, and few optimizations make it several times cheaper. Processes that
-# tests start inherit this. `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`
-# tests what users compile.
+# tests start inherit this. `make test-all` tests what users compile.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
