@@ -157,7 +157,7 @@ def scale_by_soap(
     Args:
       b1: Decay of M, at least 0 and below 1.
       b2: Decay of V, L and R, at least 0 and below 1.
-      eps: Added to the square root of V.
+      eps: Epsilon, at least 0 (see ``relative_eps``).
       precondition_frequency: Steps between two QR decompositions.
       max_precondition_size: The longest axis that has a basis.
       num_stacked_axes: How many leading axes of an array index separate layers.
