@@ -32,8 +32,8 @@ class Remedy(NamedTuple):
 REMEDIES = (
     Remedy(
         "initializer",
-        "initialize with Glorot weights and zero biases, initialize_weights(params, "
-        "key)",
+        "draw new weights, initialize_weights(params, key); for relu pass he_normal(), "
+        "for gelu or silu activation_aware_normal(activation)",
         (*_SMALL, *_LARGE),
     ),
     Remedy("eps", "set the optimizer's eps=1e-16 (Adam, SOAP or Muon)", _SMALL),
