@@ -31,11 +31,12 @@ def activation_aware_normal(
 
     * ``"gradient"`` solves :math:`g^2 E[f'(z)^2] = 1` at a stable fixed point
       :math:`q = g^2 E[f(z)^2]`. Gradients keep their scale, and so do derivatives with
-      respect to the inputs. **Use it for a physics-informed network.**
+      respect to the inputs. **Use it for a physics-informed network** of tanh or sin.
     * ``"signal"`` solves :math:`E[f(z)^2] = 1`, or :math:`\mathrm{Var}[f(z)] = V / 2`
       if :math:`V = \sup_q \mathrm{Var}[f(z)] < 1 / 0.98`, for the smallest :math:`q`,
       with :math:`g = \sqrt{q / E[a^2]}` for the layer's input :math:`a`. Activations
-      keep their scale, and the gradients of a deep network of tanh or sin grow.
+      keep their scale, and the gradients of a deep network of tanh or sin grow. Use it
+      for gelu, silu and mish.
 
     ==========  =================  =================  ==============
     activation  gain, "gradient"   gain, "signal"     :math:`E[a^2]`
