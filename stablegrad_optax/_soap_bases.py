@@ -148,9 +148,12 @@ def _iterate(
             variances = jnp.sum(columns.conj() * product, axis=1).real
             order = jnp.argsort(variances, axis=1, descending=True)
             square = _take(square, order, axis + 1)
-            # Of a singular covariance the columns could not be told apart. This shift
-            # is the rounding of the product, and no eigenvector depends on it.
-            shift = jnp.finfo(variances.dtype).eps * variances.max(1)[:, None, None]
+            # If the gradient has a low rank, all columns of the product are nearly
+            # parallel, and their differences are rounding, about eps * sqrt(n) of the
+            # largest variance. The shift keeps them independent, or Gram-Schmidt would
+            # lose directions for good. No eigenvector depends on it.
+            rounding = jnp.finfo(variances.dtype).eps * columns.shape[-1] ** 0.5
+            shift = 8 * rounding * variances.max(1)[:, None, None]
             shift = jnp.where(shift > 0, shift, 1)
             shift = shift.astype(columns.dtype)
             sides.append(_take(product + shift * columns, order, 2))

@@ -261,3 +261,21 @@ def test_gram_schmidt_is_the_qr_decomposition(size):
     expected = np.linalg.qr(matrices)[0]
     signs = np.sign(np.sum(columns * expected, axis=1, keepdims=True))
     np.testing.assert_allclose(columns, signs * expected, atol=1e-10)
+
+
+def test_bases_stay_orthonormal_where_gradients_have_rank_one():
+    """In a network whose gradients vanish each kernel's gradient has almost rank one.
+
+    Where its direction turns, all columns that the decomposition gets are nearly
+    parallel. A direction that it loses never comes back.
+    """
+    size = 32
+    tx = scale_by_soap()
+    vectors = np.random.default_rng(0).standard_normal((200, 2, size), np.float32)
+    state, update = tx.init({"kernel": jnp.zeros((size, size))}), jax.jit(tx.update)
+    for row, column in vectors:
+        _, state = update({"kernel": jnp.outer(row, column)}, state)
+        for basis in jax.tree.leaves(state.bases):
+            products = np.einsum("kia,kib->kab", *[np.asarray(basis, np.float64)] * 2)
+            # A few roundings for each of the columns.
+            np.testing.assert_allclose(products, np.eye(size)[None], atol=1e-5)

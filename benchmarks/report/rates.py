@@ -119,7 +119,7 @@ def rates_by_base_figure(
         return None
     names = in_order(name for column in sweeps.values() for name in column)
     bases = list(dict.fromkeys(figures.base_and_line(name)[0] for name in names))
-    size = 2 + 1.8 * len(bases), 1.2 + 1.9 * len(sweeps)
+    size = max(7, 2 + 1.8 * len(bases)), 1.2 + 1.9 * len(sweeps)
     figure, axes = figures.grid(len(sweeps), len(bases), size, sharey="row")
     for row, (problem, column) in zip(axes, sweeps.items(), strict=True):
         for name, by_rate in column.items():
