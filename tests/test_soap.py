@@ -264,10 +264,10 @@ def test_gram_schmidt_is_the_qr_decomposition(size):
 
 
 def test_bases_stay_orthonormal_where_gradients_have_rank_one():
-    """In a network whose gradients vanish each kernel's gradient has almost rank one.
+    """The decomposition gets columns that are nearly parallel where a direction turns.
 
-    Where its direction turns, all columns that the decomposition gets are nearly
-    parallel. A direction that it loses never comes back.
+    Each kernel's gradient has almost rank one in a network whose gradients vanish. A
+    direction that the decomposition loses never comes back.
     """
     size = 32
     tx = scale_by_soap()
