@@ -181,7 +181,7 @@ def test_equinox_default_at_depth_20():
     assert report.verdict == "unbalanced between layers"
     assert 1e3 < report.std_ratio < 1e6
     assert report.leaves[0].name == "layers/0/weight"
-    for remedy in ("stablegrad()", "Glorot", "b2=0.9"):
+    for remedy in ("stablegrad()", "initialize_weights", "b2=0.9"):
         assert remedy in report.remedy
 
 

