@@ -235,6 +235,15 @@ def hard_matrices(size):
     return np.stack([f @ f.T / max(np.abs(f).max(), 1) ** 2 for f in factors])
 
 
+def assert_orthonormal(bases):
+    """Checks each basis up to a few roundings of float32 for each of its columns."""
+    for basis in jax.tree.leaves(bases):
+        gram = np.einsum("kia,kib->kab", *[np.asarray(basis, np.float64)] * 2)
+        np.testing.assert_allclose(
+            gram, [np.eye(basis.shape[-1])] * len(gram), atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("size", [2, 5, 32, 33, 70])
 def test_bases_stay_orthonormal_for_singular_covariances(size):
     """The update refreshes the bases of one covariance five times in float32."""
@@ -248,9 +257,7 @@ def test_bases_stay_orthonormal_for_singular_covariances(size):
     state, step = tx.init(grads), jax.jit(tx.update)
     for _ in range(6):
         _, state = step(grads, state)
-        for basis in jax.tree.leaves(state.bases):
-            gram = np.einsum("kia,kib->kab", *[np.asarray(basis, np.float64)] * 2)
-            np.testing.assert_allclose(gram, [np.eye(size)] * len(gram), atol=1e-5)
+        assert_orthonormal(state.bases)
 
 
 @pytest.mark.parametrize("size", [3, 32, 50, 96])
@@ -275,7 +282,4 @@ def test_bases_stay_orthonormal_where_gradients_have_rank_one():
     state, update = tx.init({"kernel": jnp.zeros((size, size))}), jax.jit(tx.update)
     for row, column in vectors:
         _, state = update({"kernel": jnp.outer(row, column)}, state)
-        for basis in jax.tree.leaves(state.bases):
-            products = np.einsum("kia,kib->kab", *[np.asarray(basis, np.float64)] * 2)
-            # A few roundings for each of the columns.
-            np.testing.assert_allclose(products, np.eye(size)[None], atol=1e-5)
+        assert_orthonormal(state.bases)

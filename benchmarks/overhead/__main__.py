@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")  # figures are saved, no window opens
@@ -94,10 +93,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if min(options.leaves, default=1) < 1:
         fail(PROG, f"--leaves must be at least 1, got {min(options.leaves)}")
     if options.compiled:
-        if message := compilers.missing(options.compiled):
-            fail(PROG, message)
-        # Else JAX looks for the machine whose compiler is here.
-        jax.config.update("jax_platforms", "cpu")
+        try:
+            compilers.load(options.compiled)
+        except ValueError as error:  # it is not installed
+            fail(PROG, str(error))
     if not options.trees:
         trees = COMPILED_TREES if options.compiled else TIMED_TREES
         options = replace(options, trees=trees)

@@ -30,8 +30,6 @@ def _tpu() -> Any:
 
 
 def _gpu() -> Any:
-    # JAX tries to start each platform, and forgets the compiler of one that fails.
-    jax.config.update("jax_platforms", "cpu")
     config = (Path(__file__).parent / "h100.txt").read_text()
     return topologies.get_topology_desc(
         "H100", "cuda", target_config=config, topology="1x1x1"
@@ -90,6 +88,8 @@ def load(target: str) -> Compiler:
     """
     if message := missing(target):
         raise ValueError(message)
+    # JAX would look for the machine, and forget the compiler of one that is not there.
+    jax.config.update("jax_platforms", "cpu")
     topology = TARGETS[target].topology()
     mesh = None
     if target == "tpu":

@@ -12,18 +12,21 @@ counts as one round, and a call of a library as one kernel.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
+from jax.sharding import Sharding
 
+from benchmarks.lib.command_line import fail, parse
 from benchmarks.overhead import compilers, costs, programs, trees
 from benchmarks.overhead.optimizers import Chain
 from stablegrad_optax import soap
 
+PROG = "python -m benchmarks.overhead.matrix_optimizers"
 LAYERS, WIDTH, ROUNDS, STEPS = 50, 32, 15, 10
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -34,21 +37,14 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
-def parameters() -> trees.Tree:
-    """Normal kernels and biases of dense layers."""
-    keys = jax.random.split(jax.random.key(0), LAYERS)
-    return {
-        f"layer_{i}": {
-            "kernel": jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5,
-            "bias": jnp.zeros(WIDTH),
-        }
-        for i, key in enumerate(keys)
-    }
+@dataclass(frozen=True)
+class Options:
+    compiled: Literal["tpu", "gpu"] | None = None
+    """The machine to compile for; by default steps are timed on this one."""
 
 
-def compile_for(target: Literal["tpu", "gpu"]) -> None:
+def compile_for(device: Sharding) -> None:
     """Print the kernels and bytes of a step of each optimizer."""
-    device = compilers.load(target).device
     tree = trees.abstract(trees.pinn(), jnp.dtype("float32"))
     for name, optimizer in OPTIMIZERS.items():
         chain = Chain(optimizer=optimizer)
@@ -62,7 +58,9 @@ def compile_for(target: Literal["tpu", "gpu"]) -> None:
 
 def measure() -> None:
     """Print the times of each optimizer on this machine."""
-    params = parameters()
+    layer = {"kernel": (WIDTH, WIDTH), "bias": (WIDTH,)}
+    shapes = {f"layer{i}": layer for i in range(LAYERS)}
+    params = trees.normal(shapes, jnp.dtype("float32"), WIDTH**-0.5)
     steps, states, seconds, times = {}, {}, {}, {name: [] for name in OPTIMIZERS}
     for name, make in OPTIMIZERS.items():
         tx = make(1e-3)
@@ -86,19 +84,18 @@ def measure() -> None:
         )
 
 
-def main(*, compiled: Literal["tpu", "gpu"] | None = None) -> None:
-    """Measure AdamW, Muon and SOAP.
-
-    Args:
-        compiled: the machine to compile for; by default steps are timed on this one.
-    """
-    if compiled is None:
+def main(args: Sequence[str] | None = None) -> None:
+    """Measures on this machine, or compiles for another one."""
+    options = parse(Options, args, prog=PROG, description=__doc__)
+    if options.compiled is None:
         measure()
-    elif message := compilers.missing(compiled):
-        raise SystemExit(message)
-    else:
-        compile_for(compiled)
+        return
+    try:
+        compiler = compilers.load(options.compiled)
+    except ValueError as error:  # it is not installed
+        fail(PROG, str(error))
+    compile_for(compiler.device)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

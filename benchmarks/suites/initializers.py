@@ -24,7 +24,7 @@ from benchmarks.lib.suite import (
 from benchmarks.lib.task import Gradient, PyTree
 from benchmarks.lib.train import Rule, Training
 from benchmarks.tasks.pinn.network import ACTIVATIONS, Params
-from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.problems import shared_problem
 from benchmarks.tasks.pinn.scanned import Scanned
 from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 from stablegrad_optax import (
@@ -138,18 +138,13 @@ PRESETS = {
 }
 
 
-@cache  # one object for each: programs are compiled for an object
-def _equation(name: str) -> Problem:
-    return PROBLEMS[name]()
-
-
 def _task(settings: Settings) -> Pinn:
     activation = settings["activation"]
     weights = initializers(activation)[settings["initializer"]]
     network = Initialized(
         settings["depth"], WIDTH, activation, "uniform", weights=weights
     )
-    return Pinn(_equation(settings["equation"]), network)
+    return Pinn(shared_problem(settings["equation"]), network)
 
 
 def training(settings: Settings, phase: Phase) -> Training:

@@ -1,7 +1,7 @@
 """Physics-informed networks with every optimizer and seven laws of initial weights."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from benchmarks.lib.optimizers import BASES, Optimizer, chains
@@ -18,7 +18,7 @@ from benchmarks.lib.suite import (
 )
 from benchmarks.lib.train import Rule, Training, record_steps
 from benchmarks.tasks.pinn.network import Network
-from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.problems import shared_problem
 from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 
 # name in the results -> arguments of `Network`
@@ -340,15 +340,10 @@ PRESETS = {
 }
 
 
-@cache  # one object for each: programs are compiled for an object
-def _equation(name: str) -> Problem:
-    return PROBLEMS[name]()
-
-
 def training(settings: Settings, phase: Phase) -> Training:
     """Makes the training of the settings; both phases are scored on the same grid."""
     del phase
-    equation, steps = _equation(settings["equation"]), settings["steps"]
+    equation, steps = shared_problem(settings["equation"]), settings["steps"]
     network = Network(
         settings["depth"],
         settings["width"],

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 
 from benchmarks.lib.curves import Curves
 from benchmarks.lib.optimizers import chains
@@ -21,7 +20,7 @@ from benchmarks.tasks.images.data import load
 from benchmarks.tasks.images.models import MODELS
 from benchmarks.tasks.images.task import Classifier, Recipe, in_parts, on_device
 from benchmarks.tasks.pinn.network import Network
-from benchmarks.tasks.pinn.problems import PROBLEMS, Problem
+from benchmarks.tasks.pinn.problems import shared_problem
 from benchmarks.tasks.pinn.task import FAILURE_ERROR, Pinn, evaluation
 
 # The most telling chains first: what a reader would try, and the controls that could
@@ -196,17 +195,12 @@ PRESETS = {
 }
 
 
-@cache  # one object for each: programs are compiled for an object
-def _equation(name: str) -> Problem:
-    return PROBLEMS[name]()
-
-
 def training(settings: Settings, phase: Phase) -> Training:
     """Makes the training of the settings; every run is scored on the test points."""
     del phase
     if settings["network"] == "convolutional":
         return _classifier(settings)
-    equation, steps = _equation(settings["task"]), settings["steps"]
+    equation, steps = shared_problem(settings["task"]), settings["steps"]
     network = Network(
         settings["depth"],
         settings["width"],

@@ -10,7 +10,7 @@ it serves a network and an exact solution alike.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -482,3 +482,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "allen_cahn, periodic, exact start": _allen_cahn_built_in,
     "wave, exact start and ends": _wave,
 }
+
+
+@cache
+def shared_problem(name: str) -> Problem:
+    """Returns one object for each name: programs are compiled for an object."""
+    return PROBLEMS[name]()
