@@ -53,7 +53,7 @@ def train_batch(
         tick: Called at every record; what it raises ends the training.
     """
     trainings = [training_for(run.settings, run.phase) for run in runs]
-    size = len(runs) if trainings[0].side_by_side else 1
+    size = trainings[0].side_by_side
     records: list[Record] = []
     for begin in range(0, len(runs), size):
         batch = runs[begin : begin + size]

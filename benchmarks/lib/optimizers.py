@@ -131,6 +131,7 @@ BASES: dict[str, Base] = {
     "Muon": Base(_muon, _MUON_RATES),
     "Muon (b2=0.9)": Base(partial(_muon, adam_b2=0.9), _MUON_RATES),
     "Muon (warm-up)": Base(_muon, _MUON_RATES, warm_up=True),
+    "Muon (eps=1e-16)": Base(partial(_muon, eps=1e-16), _MUON_RATES),
     "Muon (eps=1e-30)": Base(partial(_muon, eps=1e-30), _MUON_RATES),
     "range-safe Muon": Base(range_safe_muon, _MUON_RATES),
     # Stored runs have the absolute eps of the released code.

@@ -306,7 +306,7 @@ def training(settings: Settings, phase: Phase) -> Training:
         ),
         recorded_steps(steps, spike),
         held_out,
-        side_by_side=False,  # on a CPU it takes as long
+        side_by_side=1,  # on a CPU it takes as long
     )
 
 

@@ -283,7 +283,7 @@ def training(settings: Settings, phase: Phase) -> Training:
         Rule.from_settings(settings, warm_up=True),
         record_steps(steps, early=3, even=6),
         in_parts(data, split, settings["scored"]),
-        side_by_side=False,
+        side_by_side=1,
     )
 
 
