@@ -51,6 +51,7 @@ from benchmarks.report import figures
 from benchmarks.tasks.pinn.network import Network
 from benchmarks.tasks.pinn.problems import PROBLEMS, Problem, relative_l2
 from benchmarks.tasks.pinn.references import ReferenceFile, read_burgers
+from benchmarks.tasks.pinn.scanned import Scanned
 from benchmarks.tasks.pinn.task import (
     FAILURE_ERROR,
     Pinn,
@@ -81,7 +82,7 @@ class Options:
     """A MATLAB file with x, t and usol to score Burgers against as well."""
 
     depth: int | None = None
-    """Number of hidden layers, at least 1; by default 50 for poisson, 16 for
+    """Number of hidden layers, at least 2; by default 50 for poisson, 16 for
     burgers."""
 
     width: int = 32
@@ -163,10 +164,10 @@ def check(options: Options) -> ReferenceFile | None:
     Raises:
         ValueError: naming the option, the value and what is allowed.
     """
-    for name in ("depth", "width", "steps"):
+    for name, least in (("depth", 2), ("width", 1), ("steps", 1)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
     for name in ("gain", "learning_rate"):
         value = getattr(options, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -210,7 +211,8 @@ def run(
     problem = PROBLEMS[options.problem]()
     depth = options.depth or DEPTH[options.problem]
     steps = options.steps or STEPS[options.problem]
-    glorot = Network(depth, options.width, initializer="glorot")
+    recorded = record_steps(steps, early=16, even=40)
+    glorot = Scanned(depth, options.width, initializer="glorot")
     default = replace(glorot, initializer="uniform")
     if options.gain is not None:
         default = replace(glorot, initializer="normal", gain=options.gain)
@@ -220,9 +222,7 @@ def run(
 
     def training(problem: Problem, network: Network, optimizer: str) -> Training:
         rule = Rule(Optimizer.named(optimizer), steps)
-        return Training(
-            Pinn(problem, network), rule, record_steps(steps), evaluation(problem)
-        )
+        return Training(Pinn(problem, network), rule, recorded, evaluation(problem))
 
     halves = (
         Half(

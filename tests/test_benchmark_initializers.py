@@ -59,11 +59,11 @@ def test_initializers_share_a_program_and_draw_with_their_gains():
         zip(made, networks, strict=True), gains, strict=True
     ):
         params = network.init(jax.random.key(0))
-        std = params["stack_0"]["kernel"].std()
+        std = params["layer_1_stack_"]["kernel"].std()
         # 48 layers of 1024 weights: 1 % is three standard errors.
         np.testing.assert_allclose(std * 32**0.5, gain, rtol=0.01)
         np.testing.assert_allclose(initializers.gain("tanh", name), gain, rtol=0.01)
-    assert not params["stack_0"]["bias"].any()
+    assert not params["layer_1_stack_"]["bias"].any()
     assert list(initializers.initializers("gelu")) == [
         name for name in made if "gradient" not in name
     ]

@@ -14,7 +14,7 @@ from benchmarks.overhead import __main__ as overhead
         (demo, ["--depth", "deep"], "whole number"),
         (demo, ["--gain", "big"], "number"),
         (demo, ["--nonsense", "1"], "--nonsense"),
-        (demo, ["--depth", "0"], "--depth must be at least 1, got 0"),
+        (demo, ["--depth", "1"], "--depth must be at least 2, got 1"),
         (demo, ["--width", "-3"], "--width must be at least 1, got -3"),
         (demo, ["--steps", "0"], "--steps must be at least 1, got 0"),
         (demo, ["--gain", "nan"], "--gain must be a finite number above 0, got nan"),

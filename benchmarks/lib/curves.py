@@ -1,6 +1,7 @@
 """The curves of runs, and histories of single runs for a closer look."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 
 import stablegrad_optax
 from benchmarks.lib.runs import Phase, Record, Run, Settings
-from benchmarks.lib.train import Moment, Training, kernels, moments
+from benchmarks.lib.train import Moment, Training, by_layer, moments
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Curves:
         steps: i[records], the updates done.
         scores: Name -> f[records].
         loss: f[records], of the last batch.
-        stds: f[records, kernels], as in `Moment`.
+        stds: f[records, kernels], in the order of `Moment.stds`.
         ms_per_step: The wall-clock time of the batch over its number of runs, in the
             fastest stretch between records: compilation and other work on the machine
             only add to it.
@@ -87,7 +88,7 @@ def curves_of(
                 for name in records[0].scores
             },
             loss=np.array([m.loss[run] for m in records]),
-            stds=np.stack([m.stds[run] for m in records]),
+            stds=np.stack([[std[run] for std in m.stds.values()] for m in records]),
             ms_per_step=min(m.ms_per_step for m in records),
             num_params=num_params,
             num_skipped=0 if skipped is None else int(skipped[run]),
@@ -125,22 +126,24 @@ def train_together(
     seed: int,
     on_record: Callable[[dict[str, Moment]], None] = lambda record: None,
 ) -> dict[str, History]:
-    """Trains one run of each, in turn between records, so that records are shared.
+    """Trains one run of each, two at a time, and all of them up to each record.
 
     Args:
-        trainings: Name -> training.
+        trainings: Name -> training; all have the records of the first.
         rate: The highest learning rate.
         seed: Of the weights and of the batches.
         on_record: Called with every record as soon as it is there.
     """
     runs = [moments([training], [rate], [seed]) for training in trainings.values()]
     records, factors = [], []
-    for moments_now in zip(*runs, strict=True):
-        record = dict(zip(trainings, moments_now, strict=True))
-        on_record(record)
-        factors.append({name: _factors(moment) for name, moment in record.items()})
-        params = {name: moment.params for name, moment in record.items()}
-        records.append(record)
+    # One run of small matrices keeps one core busy; XLA releases Python's lock.
+    with ThreadPoolExecutor(2) as pool:
+        for _ in next(iter(trainings.values())).recorded:
+            record = dict(zip(trainings, pool.map(next, runs), strict=True))
+            on_record(record)
+            factors.append({name: _factors(moment) for name, moment in record.items()})
+            params = {name: moment.params for name, moment in record.items()}
+            records.append(record)
     return {
         name: _history(
             [record[name] for record in records],
@@ -158,14 +161,14 @@ def _factors(moment: Moment) -> dict[str, float]:
         factors = stablegrad_optax.scale_factors(moment.opt_states, params)
     except ValueError:
         return {}
-    return {name: float(factor[0]) for name, factor in factors.items()}
+    return {name: float(factor[0]) for name, factor in by_layer(factors).items()}
 
 
 def _history(
     records: list[Moment], factors: list[dict[str, float]], params: Any
 ) -> History:
     (curves,) = curves_of(records)
-    stds = dict(zip(kernels(params), curves.stds.T, strict=True))
+    stds = dict(zip(records[0].stds, curves.stds.T, strict=True))
     scaled = {}
     if factors[0]:
         # A leaf that is not a weight, of one element say, has no factor.

@@ -56,15 +56,15 @@ def _is_kernel(path: jax.tree_util.KeyPath, leaf: jax.Array) -> bool:
 
 
 def _kernels(params: optax.Params) -> Any:
-    """Takes kernels as matrices of all axes but the last."""
+    """Takes kernels as matrices of all axes but the last; stacked layers each alone."""
 
-    def numbers(path: jax.tree_util.KeyPath, leaf: jax.Array) -> Any:
+    def numbers(path: jax.tree_util.KeyPath, leaf: jax.Array, is_stack: int) -> Any:
         if not _is_kernel(path, leaf):
             return None
         last = leaf.ndim - 1
-        return contrib.MuonDimensionNumbers(tuple(range(last)), last)
+        return contrib.MuonDimensionNumbers(tuple(range(is_stack, last)), last)
 
-    return jax.tree.map_with_path(numbers, params)
+    return jax.tree.map_with_path(numbers, params, methods.stacked_by_name(params))
 
 
 _adam, _adamw = optax.adam, optax.adamw

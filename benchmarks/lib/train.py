@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.lib.methods import stacked_by_name
 from benchmarks.lib.optimizers import BASES, Optimizer
 from benchmarks.lib.runs import Settings
 from benchmarks.lib.task import Gradient, PyTree, Task
@@ -112,7 +113,7 @@ class Moment(NamedTuple):
     opt_states: optax.OptState
     scores: dict[str, np.ndarray]  # f[runs]
     loss: np.ndarray  # f[runs]
-    stds: np.ndarray  # f[runs, kernels], of each kernel's gradient before the optimizer
+    stds: dict[str, np.ndarray]  # f[runs], of kernels' gradients before the optimizer
     ms_per_step: float  # of one run, since the record before, without the scoring
 
 
@@ -184,7 +185,9 @@ class Batch:
         params, opt_states, states = self._carried
         measured = _measure(task, params, states, held_out, self._gradient.grads)
         scores, stds, loss = jax.device_get((*measured, self._gradient.loss))
-        return Moment(self.step, params, opt_states, scores, loss, stds, ms_per_step)
+        return Moment(
+            self.step, params, opt_states, scores, loss, by_layer(stds), ms_per_step
+        )
 
 
 def _stack(trees: Iterable[PyTree]) -> PyTree:
@@ -270,24 +273,49 @@ def _steps(
 @jax.jit
 def _measure(
     task: Task, params: PyTree, states: PyTree, held_out: PyTree, grads: PyTree
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns scores f[runs] and the std of each kernel's gradient f[runs, kernels]."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns scores f[runs], and each kernel's std f[runs] or f[runs, layers]."""
     scores = jax.lax.map(  # one run at a time: scoring takes more memory than training
         lambda run: task.score(*run, held_out), (params, states)
     )
-    # Pools one leaf alone: a std that no square takes out of single precision.
-    stds = [jax.vmap(prediction_grad_std)(g) for g in kernels(grads, axes=3).values()]
-    return scores, jnp.stack(stds, -1)
+    # Pools one array alone: a std that no square takes out of single precision.
+    std = jax.vmap(prediction_grad_std)
+    weights = kernels(grads, batch_axes=1)
+    stacked = stacked_by_name(weights)
+    stds = {n: (jax.vmap(std) if stacked[n] else std)(g) for n, g in weights.items()}
+    return scores, stds
 
 
-def kernels(tree: PyTree, *, axes: int = 2) -> dict[str, jax.Array]:
-    """Returns the arrays of so many axes or more, in the order of their layers."""
-    weights = {
+def kernels(tree: PyTree, *, batch_axes: int = 0) -> dict[str, jax.Array]:
+    """Returns the arrays of two axes or more, in the order of their layers.
+
+    Args:
+        tree: A pytree like the parameters.
+        batch_axes: The number of axes that precede those of a parameter; the axis of
+            stacked layers is not counted either.
+    """
+    arrays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
-        if leaf.ndim >= axes
     }
-    return {name: weights[name] for name in sorted(weights, key=_natural)}
+    own_axes = {
+        name: arrays[name].ndim - batch_axes - is_stack
+        for name, is_stack in stacked_by_name(arrays).items()
+    }
+    names = [name for name, axes in own_axes.items() if axes >= 2]
+    return {name: arrays[name] for name in sorted(names, key=_natural)}
+
+
+def by_layer(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns an entry f[runs] for each layer of entries f[runs, layers], in order."""
+    layers: dict[str, np.ndarray] = {}
+    for name in sorted(values, key=_natural):  # `jit` sorts dense_10 before dense_2
+        value = values[name]
+        if value.ndim == 1:
+            layers[name] = value
+        else:
+            layers |= {f"{name}[{i}]": layer for i, layer in enumerate(value.T)}
+    return layers
 
 
 def _natural(name: str) -> list[str | int]:
