@@ -235,6 +235,7 @@ def test_an_optimizer_has_one_line_in_all_figures():
     lines = {
         "Muon": ("Muon", "alone"),
         "range-safe Muon": ("Muon", "range-safe norm"),
+        "clip + range-safe Muon": ("range-safe Muon", "clip"),
         "StableGrad + SOAP": ("SOAP", "StableGrad"),
         "AdamW (b2=0.9, eps=1e-16)": ("AdamW (b2=0.9)", "smaller eps"),
         "LARS": ("layer-wise rates", "LARS"),
@@ -242,8 +243,16 @@ def test_an_optimizer_has_one_line_in_all_figures():
     assert {name: figures.base_and_line(name) for name in lines} == lines
     sweep = {name: {0.1: score(0.1, 0.9), 0.3: score(0.2, 0.2)} for name in lines}
     figure = rates_by_base_figure({("1",): sweep}, str)
-    bases = [ax.texts[0].get_text() for ax in figure.axes]
-    assert bases == ["AdamW (b2=0.9)", "layer-wise rates", "Muon", "SOAP"]
+    panels = {ax.texts[0].get_text(): ax for ax in figure.axes if ax.texts}
+    assert list(panels) == [
+        "AdamW (b2=0.9)",
+        "layer-wise rates",
+        "Muon",
+        "range-safe Muon",
+        "SOAP",
+    ]
+    # The control is compared with Muon, and with the method before it.
+    assert len(panels["Muon"].collections) == len(panels["range-safe Muon"].collections)
     assert {"x", "None"} == {line.get_marker() for line in figure.axes[0].lines}
 
 

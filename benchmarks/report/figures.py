@@ -26,6 +26,7 @@ VARIANTS = {
     "SOAP (eps=1e-16)": ("SOAP", "smaller eps"),
     "SOAP (relative eps)": ("SOAP", "relative eps"),
     "SOAP (normalize_updates)": ("SOAP", "normalize_updates"),
+    "Muon (eps=1e-16)": ("Muon", "smaller eps"),
     "range-safe Muon": ("Muon", "range-safe norm"),
     **{name: ("layer-wise rates", name) for name in ("LAMB", "LARS", "NovoGrad")},
 }
@@ -36,7 +37,7 @@ STYLES = {
     "StableGrad": {"color": "#0072B2", "linestyle": "-"},
     "normalize per array": {"color": "#009E73", "linestyle": "-."},
     "smaller eps": {"color": "#D55E00", "linestyle": "--"},
-    "range-safe norm": {"color": "#D55E00", "linestyle": "--"},
+    "range-safe norm": {"color": "#CC79A7", "linestyle": ":"},
     "relative eps": {"color": "#CC79A7", "linestyle": ":"},
     "normalize_updates": {"color": "#56B4E9", "linestyle": "-."},
     "LAMB": {"color": "#56B4E9", "linestyle": "-"},
@@ -80,10 +81,15 @@ def line(index: int) -> dict[str, str]:
 
 
 def base_and_line(name: str) -> tuple[str, str]:
-    """Returns the base of an optimizer, whose panel it is in, and its line's name."""
+    """Returns the base of an optimizer, whose panel it is in, and its line's name.
+
+    A base with a changed constant is a line of the unchanged base's panel; a method
+    before it is a line of a panel of its own.
+    """
     optimizer = Optimizer.named(name)
-    base, variant = VARIANTS.get(optimizer.base, (optimizer.base, "alone"))
-    return base, variant if optimizer.method == NONE else optimizer.method
+    if optimizer.method == NONE:
+        return VARIANTS.get(optimizer.base, (optimizer.base, "alone"))
+    return optimizer.base, optimizer.method
 
 
 def style(line_name: str) -> dict[str, str]:

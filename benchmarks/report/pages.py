@@ -33,7 +33,7 @@ from benchmarks.report.tables import SCORE_CAPTION, overview_table, score_table
 
 matplotlib.use("Agg")  # figures are saved, no window is opened
 
-SEEDS = "seeds"
+RATES, SEEDS = "rates", "seeds"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Page:
         limit: Where a run fails, in the unit of the quantity; None: is not drawn.
         notes: Preset -> what its problems are and what to read from it, without
             numbers; Markdown.
-        shown: Preset -> the names of its figures; by default `seeds`.
+        shown: Preset -> the names of its figures; by default `seeds`, or `rates` where
+            no rate is chosen.
         drawings: Further figures by name; each draws one of a preset, or nothing.
         sections: Further Markdown behind the tables of a preset; each may be empty.
         ending: (measurements, preset -> table) -> Markdown behind the presets.
@@ -106,11 +107,12 @@ def write(
     text = [
         f"# {page.title}\n\n`python -m benchmarks report {suite.name}` writes this "
         f"page from the finished runs, `{suite.name}.jsonl.gz`.\n\n{page.text}\n",
-        SCORE_CAPTION if page.has_score_tables else "",
     ]
     paths, tables = [], {}
     for preset, chosen in by_preset.items():
         draw = _Preset(page, suite, preset, chosen)
+        if draw.table and page.has_score_tables and SCORE_CAPTION not in text:
+            text.append(SCORE_CAPTION)
         tables[preset] = draw.table
         paths += figures.save_all(
             draw.figures(), provenance(chosen), folder, f"{suite.name}_{preset}"
@@ -143,8 +145,8 @@ class _Preset:
     def figures(self) -> Iterator[tuple[str, Figure | None]]:
         page = self._page
         if self._sweeps:
-            yield "rates", rates_by_base_figure(self._sweeps, page.name)
-        if not self.table:
+            for name in page.shown.get(self._preset, (RATES,)):
+                yield name, rates_by_base_figure(self._sweeps, page.name)
             return
         drawings = {
             SEEDS: partial(figures.seeds_figure, label=page.name, limit=page.limit),
@@ -157,7 +159,8 @@ class _Preset:
         page, stem = self._page, f"{self._suite.name}_{self._preset}_"
         num_problems = len(self.table or self._sweeps)
         yield f"\n## Preset {self._preset}\n"
-        yield f"{len(self._records)} runs, {num_problems} problems; "
+        plural = "" if num_problems == 1 else "s"
+        yield f"{len(self._records)} runs, {num_problems} problem{plural}; "
         yield f"{provenance(self._records)}.\n"
         yield self._unfinished()
         if self._choose not in (lowest_median, None):

@@ -1,12 +1,12 @@
 """Error and failures against the learning rate: two numbers a chain, and a figure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib.optimizers import in_order
+from benchmarks.lib.optimizers import Optimizer, in_order
 from benchmarks.report import figures
 from benchmarks.report.scores import Problem, Score, Sweeps
 from benchmarks.report.tables import markdown_table, ranged
@@ -113,19 +113,28 @@ def rates_by_base_figure(
     """Draws error against learning rate, a panel for each problem and base.
 
     Bands are 95 % intervals of the median. A cross marks a rate at which some runs
-    failed.
+    failed. The panels of a single problem fill several rows.
     """
     if not sweeps:
         return None
     names = in_order(name for column in sweeps.values() for name in column)
-    bases = list(dict.fromkeys(figures.base_and_line(name)[0] for name in names))
-    size = max(7, 2 + 1.8 * len(bases)), 1.2 + 1.9 * len(sweeps)
-    figure, axes = figures.grid(len(sweeps), len(bases), size, sharey="row")
-    for row, (problem, column) in zip(axes, sweeps.items(), strict=True):
+    places = {name: _places(name, names) for name in names}
+    bases = list(dict.fromkeys(base for place in places.values() for base in place))
+    num_rows, num_columns = len(sweeps), len(bases)
+    if num_rows == 1:
+        num_columns = min(num_columns, 4)
+        num_rows = -(-len(bases) // num_columns)
+    size = max(7, 2 + 1.9 * num_columns), 1.2 + 1.9 * num_rows
+    sharey = True if len(sweeps) == 1 else "row"
+    figure, axes = figures.grid(num_rows, num_columns, size, sharey=sharey)
+    rows = axes if len(sweeps) > 1 else axes.reshape(1, -1)
+    for ax in axes.flat[len(sweeps) * len(bases) :]:
+        ax.set_axis_off()
+    for row, (problem, column) in zip(rows, sweeps.items(), strict=True):
         for name, by_rate in column.items():
-            base, line = figures.base_and_line(name)
-            _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
-        for ax, base in zip(row, bases, strict=True):
+            for base, line in places[name].items():
+                _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
+        for ax, base in zip(row, bases, strict=False):
             if not ax.lines:
                 ax.set_axis_off()
                 continue
@@ -133,13 +142,28 @@ def rates_by_base_figure(
             ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
             ax.grid(alpha=0.3)
         row[0].set_title(label(problem), fontsize=8, loc="left")
-        row[0].set_ylabel("median error", fontsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("median error", fontsize=8)
     figures.legend_above(
         figure,
-        (figures.base_and_line(name)[1] for name in names),
+        (line for place in places.values() for line in place.values()),
         "Abscissa: learning rate; crosses: some runs failed; bands: 95 % intervals",
     )
     return figure
+
+
+def _places(name: str, names: Sequence[str]) -> dict[str, str]:
+    """Returns the panels that an optimizer is in, and the name of its line in each.
+
+    A base with a changed constant is compared with the unchanged one and, if methods
+    precede it elsewhere, stands alone in the panel of these.
+    """
+    base, line = figures.base_and_line(name)
+    shown = {figures.base_and_line(other)[0] for other in names if other != name}
+    own = Optimizer.named(name).base
+    if own == base or own not in shown:
+        return {base: line}
+    return {base: line, own: "alone"} if base in shown else {own: "alone"}
 
 
 def _draw_rates(

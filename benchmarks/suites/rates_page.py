@@ -40,15 +40,19 @@ written before the first run is [rates_plan.md](../rates_plan.md).""",
     Quantity("error", largest=1.0),
     FAILURE_ERROR,
     {
-        "poisson-50": "From Equinox's default the gradients of the first layers "
-        "vanish; from Glorot they do not. The first has every chain and control.",
-        "deep": "Three more equations, and Poisson's at half the depth.",
+        "controls": "The gradients of the first layers vanish. Every optimizer and "
+        "control.",
+        "deep": "Three more equations, and Poisson's at twice the depth.",
+        "initialization": "The same networks as above from better weights. For tanh "
+        "the hidden weights of the gradient-preserving initializer have the variance "
+        "of Glorot's.",
         "conv": "Without BatchNorm, from a gain at which gradients vanish.",
         "residual": "Gates start at 0, so that the network starts with one layer.",
         "solved": "Fourier features or exact conditions: shallow networks solve them.",
         "paper": "Published errors on this equation, of networks of width 256 after "
         "300,000 steps, are 5.4e-5 (jaxpi, arXiv 2308.08468) and 3.5e-6 (SOAP with "
-        "PirateNet, arXiv 2502.00604). Here the network has half the width and a "
-        "thirtieth of the steps.",
+        "PirateNet, arXiv 2502.00604). Here the network has a quarter of the width and "
+        "a thirtieth of the steps.",
     },
+    shown={"paper": ()},  # three rates are a table
 )
