@@ -52,7 +52,7 @@ written before the first run is [rates_plan.md](../rates_plan.md).""",
         "paper": "Published errors on this equation, of networks of width 256 after "
         "300,000 steps, are 5.4e-5 (jaxpi, arXiv 2308.08468) and 3.5e-6 (SOAP with "
         "PirateNet, arXiv 2502.00604). Here the network has a quarter of the width and "
-        "a thirtieth of the steps.",
+        "a sixtieth of the steps.",
     },
     shown={"paper": ()},  # three rates are a table
 )
