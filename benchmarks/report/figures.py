@@ -83,8 +83,8 @@ def line(index: int) -> dict[str, str]:
 def base_and_line(name: str) -> tuple[str, str]:
     """Returns the base of an optimizer, whose panel it is in, and its line's name.
 
-    A base with a changed constant is a line of the unchanged base's panel; a method
-    before it is a line of a panel of its own.
+    A base with a changed constant is a line of the unchanged base's panel. With a
+    method it has a panel of its own.
     """
     optimizer = Optimizer.named(name)
     if optimizer.method == NONE:
