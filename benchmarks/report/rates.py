@@ -142,8 +142,9 @@ def rates_by_base_figure(
             ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
             ax.grid(alpha=0.3)
         row[0].set_title(label(problem), fontsize=8, loc="left")
-    for ax in axes[:, 0]:
+    for ax in (next(ax for ax in row if ax.lines) for row in axes):
         ax.set_ylabel("median error", fontsize=8)
+        ax.tick_params(labelleft=True)
     figures.legend_above(
         figure,
         (line for place in places.values() for line in place.values()),
