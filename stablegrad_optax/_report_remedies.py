@@ -55,7 +55,7 @@ REMEDIES = (
     Remedy(
         "scale control",
         "put stablegrad() before the optimizer, or normalize_by_leaf_norm() before "
-        "Muon or SOAP",
+        "Muon",
         (*_SMALL, *_LARGE),
     ),
 )
