@@ -113,35 +113,38 @@ def rates_by_base_figure(
     """Draws error against learning rate, a panel for each problem and base.
 
     Bands are 95 % intervals of the median. A cross marks a rate at which some runs
-    failed. The panels of a single problem fill several rows.
+    failed. The panels of one problem, or of one base, fill several rows.
     """
     if not sweeps:
         return None
     names = in_order(name for column in sweeps.values() for name in column)
     places = {name: _places(name, names) for name in names}
     bases = list(dict.fromkeys(base for place in places.values() for base in place))
-    num_rows, num_columns = len(sweeps), len(bases)
-    if num_rows == 1:
-        num_columns = min(num_columns, 4)
-        num_rows = -(-len(bases) // num_columns)
-    size = max(7, 2 + 1.9 * num_columns), 1.2 + 1.9 * num_rows
-    sharey = True if len(sweeps) == 1 else "row"
+    num_panels, num_columns, sharey = len(sweeps) * len(bases), len(bases), "row"
+    if len(sweeps) == 1:
+        num_columns, sharey = min(num_columns, 4), True
+    elif len(bases) == 1:
+        num_columns, sharey = 2, False
+    num_rows = -(-num_panels // num_columns)
+    # Each problem has a title above its first panel.
+    width = 10 if len(bases) == 1 < len(sweeps) else max(7, 2 + 1.9 * num_columns)
+    size = width, 1.2 + 1.9 * num_rows
     figure, axes = figures.grid(num_rows, num_columns, size, sharey=sharey)
-    rows = axes if len(sweeps) > 1 else axes.reshape(1, -1)
-    for ax in axes.flat[len(sweeps) * len(bases) :]:
+    rows = axes.flat[:num_panels].reshape(len(sweeps), len(bases))
+    for ax in axes.flat[num_panels:]:
         ax.set_axis_off()
     for row, (problem, column) in zip(rows, sweeps.items(), strict=True):
         for name, by_rate in column.items():
             for base, line in places[name].items():
                 _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
-        for ax, base in zip(row, bases, strict=False):
+        for ax, base in zip(row, bases, strict=True):
             if not ax.lines:
                 ax.set_axis_off()
                 continue
             ax.set(xscale="log", yscale="log")
             ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
             ax.grid(alpha=0.3)
-        row[0].set_title(label(problem), fontsize=8, loc="left")
+        row[0].set_title(label(problem), fontsize=7, loc="left")
     for ax in (next(ax for ax in row if ax.lines) for row in axes):
         ax.set_ylabel("median error", fontsize=8)
         ax.tick_params(labelleft=True)
