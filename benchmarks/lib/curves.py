@@ -11,7 +11,7 @@ import optax
 
 import stablegrad_optax
 from benchmarks.lib.runs import Phase, Record, Run, Settings
-from benchmarks.lib.train import Moment, Training, by_layer, moments
+from benchmarks.lib.train import Moment, Training, moments, per_layer
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _factors(moment: Moment) -> dict[str, float]:
         factors = stablegrad_optax.scale_factors(moment.opt_states, params)
     except ValueError:
         return {}
-    return {name: float(factor[0]) for name, factor in by_layer(factors).items()}
+    return {name: float(factor[0]) for name, factor in per_layer(factors).items()}
 
 
 def _history(

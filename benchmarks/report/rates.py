@@ -126,8 +126,8 @@ def rates_by_base_figure(
     elif len(bases) == 1:
         num_columns, sharey = 2, False
     num_rows = -(-num_panels // num_columns)
-    # Each problem has a title above its first panel.
-    width = 10 if len(bases) == 1 < len(sweeps) else max(7, 2 + 1.9 * num_columns)
+    has_title_each = num_columns > len(bases)
+    width = 10 if has_title_each else max(7, 2 + 1.9 * num_columns)
     size = width, 1.2 + 1.9 * num_rows
     figure, axes = figures.grid(num_rows, num_columns, size, sharey=sharey)
     rows = axes.flat[:num_panels].reshape(len(sweeps), len(bases))

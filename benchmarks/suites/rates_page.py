@@ -49,7 +49,8 @@ written before the first run, and what was left out of it, are in
         "of Glorot's.",
         "conv": "Without BatchNorm, from a gain at which gradients vanish.",
         "residual": "Gates start at 0, so that the network starts with one layer.",
-        "solved": "Fourier features or exact conditions: shallow networks solve them.",
+        "solved": "Problems that networks of 4 layers solve with more steps "
+        "([preset solved](pinn.md#preset-solved)).",
         "paper": "Published errors on this equation, of networks of width 256 after "
         "300,000 steps, are 5.4e-5 (jaxpi, arXiv 2308.08468) and 3.5e-6 (SOAP with "
         "PirateNet, arXiv 2502.00604). Here the network has a quarter of the width and "
