@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from benchmarks.lib.curves import Curves
-from benchmarks.lib.optimizers import chains
+from benchmarks.lib.optimizers import Optimizer, chains
 from benchmarks.lib.runs import Phase, Record, Run, Settings
 from benchmarks.lib.suite import (
     Entry,
@@ -43,14 +43,24 @@ EVERY = (
     *("SOAP (eps=1e-16)", "Muon (eps=1e-16)", "SOAP (normalize_updates)"),
     *("LAMB", "LARS", "NovoGrad"),  # the nearest kin
 )
+_PER_ARRAY = ["normalize per array"]
 _MUON_PAIR, _SOAP_PAIR = (chains(["none", "StableGrad"], [b]) for b in ("Muon", _SOAP))
-# Factors of two. AdamW's lowest rate can still be within its window.
+_ADAMW_PAIR = chains(["none", "StableGrad"], ["AdamW (b2=0.9)"])
+# Factors of two, to where both ends are worse on most problems.
 _COMMON = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_LOWER, _HIGHER = (1.25e-4, 2.5e-4), (6.4e-2, 1.28e-1)
 RATES: Mapping[str, tuple[float, ...]] = {
+    **dict.fromkeys(
+        ("AdamW", "AdamW (b2=0.9)", "AdamW (b2=0.9, eps=1e-16)"), _LOWER + _COMMON
+    ),
+    "SOAP (normalize_updates)": _LOWER + _COMMON,
+    **dict.fromkeys(
+        ("Muon", "range-safe Muon", "Muon (eps=1e-16)"), _COMMON + _HIGHER[:1]
+    ),
     "LAMB": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-    "NovoGrad": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+    "NovoGrad": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
     # Its rate multiplies a trust coefficient of 0.001.
-    "LARS": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "LARS": (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
 SEEDS = tuple(range(800, 805))
 PROTOCOL = Protocol((), SEEDS, None)
@@ -77,9 +87,16 @@ def _problem(
 
 
 def _curves(
-    preset: str, cells: Iterable[Settings], optimizers: Iterable[str]
+    preset: str,
+    cells: Iterable[Settings],
+    optimizers: Iterable[str],
+    further: tuple[float, ...] = (),
 ) -> list[list[Entry]]:
-    return entries(preset, cells, optimizers, lambda o: RATES.get(o.base, _COMMON))
+    def rates(optimizer: Optimizer) -> tuple[float, ...]:
+        own = RATES.get(optimizer.base, _COMMON)
+        return tuple(sorted({*own, *further}))
+
+    return entries(preset, cells, optimizers, rates)
 
 
 # Depth 24, and 16 where a step costs more.
@@ -97,8 +114,11 @@ def _deep(init: str) -> list[Settings]:
 
 
 _DEFAULT, _GLOROT = _deep("uniform"), _deep("glorot")
-_PRESERVING = [_problem("poisson", "gradient_preserving", 24)]
-_RESIDUAL = [_problem("poisson", "uniform", 24, network="residual")]
+_PRESERVING = _deep("gradient_preserving")
+_RESIDUAL = [
+    _problem(task, "uniform", 24, network="residual")
+    for task in ("poisson", "reaction-diffusion")
+]
 _SOLVED = [
     _problem(task, "glorot", 4, width=64)
     for task in (
@@ -135,12 +155,14 @@ PRESETS = {
     ),
     "deep": Preset(
         [
-            *_curves("deep", _DEFAULT[1:2], TELLING),
-            *_curves("deep", _DEFAULT[2:3], TELLING[:6]),
-            *_curves("deep", _DEFAULT[3:], (*_MUON_PAIR, _SOAP)),
+            *_curves("deep", _DEFAULT[1:3], TELLING),
+            *_curves("deep", _DEFAULT[3:], (*_MUON_PAIR, *_SOAP_PAIR, *_ADAMW_PAIR)),
+            *_curves("deep", _DEFAULT[3:], ("range-safe Muon",)),
+            *_curves("deep", _DEFAULT[1:], ("clip + Muon",)),
+            *_curves("deep", _DEFAULT[1:], chains(_PER_ARRAY, ["Muon", _SOAP])),
         ],
         PROTOCOL,
-        "35 minutes on 2 idle cores",
+        "100 minutes on 2 idle cores",
         "the other deep networks, from Equinox's default weights",
         workers=2,
     ),
@@ -151,11 +173,12 @@ PRESETS = {
                 _GLOROT[:1],
                 (*_MUON_PAIR, *_SOAP_PAIR, "clip + Muon"),
             ),
-            *_curves("initialization", _PRESERVING, ("Muon", _SOAP)),
             *_curves("initialization", _GLOROT[1:], (*_MUON_PAIR, _SOAP)),
+            *_curves("initialization", _PRESERVING, (*_MUON_PAIR, _SOAP)),
+            *_curves("initialization", _GLOROT[:2], _ADAMW_PAIR),
         ],
         PROTOCOL,
-        "30 minutes on 2 idle cores",
+        "60 minutes on 2 idle cores",
         "the same networks from better weights",
         workers=2,
     ),
@@ -163,24 +186,30 @@ PRESETS = {
         _curves(
             "conv",
             [_CONV],
-            (*_MUON_PAIR, *chains(["none", "StableGrad"], ["AdamW (b2=0.9)"])),
+            (
+                *(*_MUON_PAIR, *_ADAMW_PAIR),
+                *("range-safe Muon", _SOAP, "AdamW (b2=0.9, eps=1e-16)", "clip + Muon"),
+            ),
         ),
         PROTOCOL,
-        "15 minutes on 2 idle cores",
+        "35 minutes on 2 idle cores",
         "the plain convolutional net of 24 layers, on digits",
         workers=2,
     ),
     "residual": Preset(
-        _curves("residual", _RESIDUAL, (*_MUON_PAIR, _SOAP)),
+        _curves("residual", _RESIDUAL, (*_MUON_PAIR, _SOAP), _HIGHER),
         PROTOCOL,
-        "5 minutes on 2 idle cores",
+        "15 minutes on 2 idle cores",
         "24 layers with shortcuts and gates that start at 0",
         workers=2,
     ),
     "solved": Preset(
-        _curves("solved", _SOLVED, _SOAP_PAIR),
+        [
+            *_curves("solved", _SOLVED, _SOAP_PAIR, _HIGHER),
+            *_curves("solved", _SOLVED, _MUON_PAIR, _HIGHER),
+        ],
         PROTOCOL,
-        "15 minutes on 2 idle cores",
+        "40 minutes on 2 idle cores",
         "six problems that the field solves, 4 layers",
         workers=2,
     ),
@@ -189,7 +218,7 @@ PRESETS = {
             "paper",
             [_PAPER],
             chains(["none", "normalize per array"], [_SOAP]),
-            lambda _: _COMMON[1:4],
+            lambda _: _COMMON[1:],
         ),
         PROTOCOL,
         "10 minutes on 2 idle cores",
