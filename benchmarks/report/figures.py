@@ -43,6 +43,9 @@ STYLES = {
     "LAMB": {"color": "#56B4E9", "linestyle": "-"},
     "LARS": {"color": "#CC79A7", "linestyle": "--"},
     "NovoGrad": {"color": "#E69F00", "linestyle": "-."},
+    "GradientStabilizer": {"color": "#D55E00", "linestyle": "-"},
+    "AGC": {"color": "#56B4E9", "linestyle": "--"},
+    "ZClip": {"color": "#CC79A7", "linestyle": "-."},
 }
 DOTTED = {"color": "0.5", "linewidth": 1, "linestyle": ":"}  # a limit
 FIGURE_SUFFIXES = (".pdf", ".png", ".svg")
@@ -92,17 +95,12 @@ def base_and_line(name: str) -> tuple[str, str]:
     return optimizer.base, optimizer.method
 
 
-def style(line_name: str) -> dict[str, str]:
-    """Returns colour and dashes of a line that `base_and_line` names."""
-    return STYLES.get(line_name, {"color": "#56B4E9", "linestyle": ":"})
-
-
 def legend_above(
     figure: Figure, line_names: Iterable[str], title: str | None = None
 ) -> None:
-    """Names lines of `style` above the panels."""
+    """Names lines of `STYLES` above the panels."""
     names = sorted(set(line_names), key=list(STYLES).index)
-    lines = [plt.Line2D([], [], **style(name)) for name in names]
+    lines = [plt.Line2D([], [], **STYLES[name]) for name in names]
     figure.legend(
         lines,
         names,

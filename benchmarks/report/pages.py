@@ -14,11 +14,7 @@ from benchmarks.lib.grid import Ledger
 from benchmarks.lib.runs import Record
 from benchmarks.lib.suite import Suite, lowest_median
 from benchmarks.report import figures
-from benchmarks.report.rates import (
-    RATES_CAPTION,
-    rates_by_base_figure,
-    rates_table,
-)
+from benchmarks.report.rates import RATES_CAPTION, rates_figure, rates_table
 from benchmarks.report.scores import (
     ERROR,
     Problem,
@@ -146,7 +142,7 @@ class _Preset:
         page = self._page
         if self._sweeps:
             for name in page.shown.get(self._preset, (RATES,)):
-                yield name, rates_by_base_figure(self._sweeps, page.name)
+                yield name, rates_figure(self._sweeps, page.name)
             return
         drawings = {
             SEEDS: partial(figures.seeds_figure, label=page.name, limit=page.limit),

@@ -82,43 +82,20 @@ RATES_CAPTION = (
 
 
 def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | None:
-    """Draws error against learning rate, a panel a problem, a line an optimizer.
-
-    A cross marks a rate at which some runs failed.
-    """
-    if not sweeps:
-        return None
-    names = in_order(name for column in sweeps.values() for name in column)
-    figure, axes = figures.panels(len(sweeps), 2.4)
-    for ax, (problem, column) in zip(axes, sweeps.items(), strict=True):
-        for name, by_rate in column.items():
-            style = figures.line(names.index(name))
-            middles = [score.middle for score in by_rate.values()]
-            ax.plot(list(by_rate), middles, **style, marker="o", markersize=3)
-            failing = {r: s.middle for r, s in by_rate.items() if s.num_failed}
-            ax.plot(list(failing), failing.values(), "x", color=style["color"], ms=7)
-        ax.set(xscale="log", yscale="log", xlabel="learning rate")
-        ax.set_title(label(problem), fontsize=8)
-        ax.grid(alpha=0.3)
-    for ax in figures.first_column(axes):
-        ax.set_ylabel("median error")
-    figures.legend(figure, {name: place for place, name in enumerate(names)})
-    figure.suptitle("Crosses: some runs failed at this rate", fontsize=10)
-    return figure
-
-
-def rates_by_base_figure(
-    sweeps: Sweeps, label: Callable[[Problem], str]
-) -> Figure | None:
     """Draws error against learning rate, a panel for each problem and base.
 
     Bands are 95 % intervals of the median. A cross marks a rate at which some runs
-    failed. The panels of one problem, or of one base, fill several rows.
+    failed. The panels of one problem, or of one base, fill several rows. Optimizers
+    whose line has no style are not drawn.
     """
     if not sweeps:
         return None
     names = in_order(name for column in sweeps.values() for name in column)
-    places = {name: _places(name, names) for name in names}
+    places = {
+        name: _places(name, names)
+        for name in names
+        if figures.base_and_line(name)[1] in figures.STYLES
+    }
     bases = list(dict.fromkeys(base for place in places.values() for base in place))
     num_panels, num_columns, sharey = len(sweeps) * len(bases), len(bases), "row"
     if len(sweeps) == 1:
@@ -135,8 +112,8 @@ def rates_by_base_figure(
         ax.set_axis_off()
     for row, (problem, column) in zip(rows, sweeps.items(), strict=True):
         for name, by_rate in column.items():
-            for base, line in places[name].items():
-                _draw_rates(row[bases.index(base)], by_rate, figures.style(line))
+            for base, line in places.get(name, {}).items():
+                _draw_rates(row[bases.index(base)], by_rate, figures.STYLES[line])
         for ax, base in zip(row, bases, strict=True):
             if not ax.lines:
                 ax.set_axis_off()

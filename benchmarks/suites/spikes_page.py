@@ -220,7 +220,8 @@ the blocks' linear layers by straight-through estimation.""",
     ERROR,
     notes={
         "cpu": "Models of 8 to 43 thousand parameters. Around a spike all optimizers "
-        "have one learning rate, and a run is compared with itself without the spike.",
+        "have one learning rate, and a run is compared with itself without the spike. "
+        "Variants of a method have lines in the tables only.",
         "million": "One spike in a decoder thirty times as large.",
         "remedies": "Spikes that last, and batches with wrong labels, which have no "
         "larger norm and are therefore not skipped.",

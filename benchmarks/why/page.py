@@ -50,7 +50,7 @@ def scale_figure(scales: np.ndarray, sizes: Mapping[str, np.ndarray]) -> Figure:
             positive = np.where(size > 0, size, np.nan)
             # The wide line is seen below the ones that it coincides with.
             wide = {"linewidth": 5, "zorder": 1} if line == "StableGrad" else {}
-            ax.plot(scales, positive, **figures.style(line), **wide)
+            ax.plot(scales, positive, **figures.STYLES[line], **wide)
         ax.set(xscale="log", yscale="log", ylim=(1e-4, 3), title=base)
         ax.set(xlabel="size of the gradient", xlim=(scales[0], scales[-1]))
         ax.grid(alpha=0.3)
@@ -68,7 +68,7 @@ def memory_figure(deviations: Mapping[str, np.ndarray]) -> Figure:
         for line, deviation in lines.items():
             steps = np.unique(np.geomspace(1, len(deviation), 150).astype(int))
             drawn = np.minimum(deviation[steps - 1], 2)
-            ax.plot(steps, drawn, **figures.style(line), linewidth=1.8)
+            ax.plot(steps, drawn, **figures.STYLES[line], linewidth=1.8)
         ax.axhline(0.5, **figures.DOTTED)
         ax.set(xscale="log", title=base, ylim=(-0.05, 2.05))
         ax.grid(alpha=0.3)
