@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from benchmarks.lib.curves import Curves
-from benchmarks.lib.optimizers import Optimizer, chains
+from benchmarks.lib.optimizers import chains
 from benchmarks.lib.runs import Phase, Record, Run, Settings
 from benchmarks.lib.suite import (
     Entry,
