@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from benchmarks.lib.curves import Curves
-from benchmarks.lib.optimizers import Optimizer, chains
+from benchmarks.lib.optimizers import chains
 from benchmarks.lib.runs import Phase, Record, Run, Settings
 from benchmarks.lib.suite import (
     Entry,
@@ -62,6 +62,7 @@ RATES: Mapping[str, tuple[float, ...]] = {
     # Its rate multiplies a trust coefficient of 0.001.
     "LARS": (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
+_HIGH_RATES = dict.fromkeys(("Muon", _SOAP), _COMMON + _HIGHER)
 SEEDS = tuple(range(800, 805))
 PROTOCOL = Protocol((), SEEDS, None)
 
@@ -90,13 +91,9 @@ def _curves(
     preset: str,
     cells: Iterable[Settings],
     optimizers: Iterable[str],
-    further: tuple[float, ...] = (),
+    rates: Mapping[str, tuple[float, ...]] = RATES,
 ) -> list[list[Entry]]:
-    def rates(optimizer: Optimizer) -> tuple[float, ...]:
-        own = RATES.get(optimizer.base, _COMMON)
-        return tuple(sorted({*own, *further}))
-
-    return entries(preset, cells, optimizers, rates)
+    return entries(preset, cells, optimizers, lambda o: rates.get(o.base, _COMMON))
 
 
 # Depth 24, and 16 where a step costs more.
@@ -159,7 +156,7 @@ PRESETS = {
             *_curves("deep", _DEFAULT[3:], (*_MUON_PAIR, *_SOAP_PAIR, *_ADAMW_PAIR)),
             *_curves("deep", _DEFAULT[3:], ("range-safe Muon",)),
             *_curves("deep", _DEFAULT[1:], ("clip + Muon",)),
-            *_curves("deep", _DEFAULT[1:], chains(_PER_ARRAY, ["Muon", _SOAP])),
+            *_curves("deep", _DEFAULT[1:3], chains(_PER_ARRAY, ["Muon", _SOAP])),
         ],
         PROTOCOL,
         "100 minutes on 2 idle cores",
@@ -172,10 +169,12 @@ PRESETS = {
                 "initialization",
                 _GLOROT[:1],
                 (*_MUON_PAIR, *_SOAP_PAIR, "clip + Muon"),
+                {},
             ),
-            *_curves("initialization", _GLOROT[1:], (*_MUON_PAIR, _SOAP)),
-            *_curves("initialization", _PRESERVING, (*_MUON_PAIR, _SOAP)),
-            *_curves("initialization", _GLOROT[:2], _ADAMW_PAIR),
+            *_curves("initialization", _PRESERVING[:1], ("Muon", _SOAP), {}),
+            *_curves("initialization", _GLOROT[1:], (*_MUON_PAIR, _SOAP), {}),
+            *_curves("initialization", _PRESERVING[1:], ("Muon", _SOAP), {}),
+            *_curves("initialization", _GLOROT[:1], _ADAMW_PAIR),
         ],
         PROTOCOL,
         "60 minutes on 2 idle cores",
@@ -197,7 +196,7 @@ PRESETS = {
         workers=2,
     ),
     "residual": Preset(
-        _curves("residual", _RESIDUAL, (*_MUON_PAIR, _SOAP), _HIGHER),
+        _curves("residual", _RESIDUAL, (*_MUON_PAIR, _SOAP), _HIGH_RATES),
         PROTOCOL,
         "15 minutes on 2 idle cores",
         "24 layers with shortcuts and gates that start at 0",
@@ -205,8 +204,8 @@ PRESETS = {
     ),
     "solved": Preset(
         [
-            *_curves("solved", _SOLVED, _SOAP_PAIR, _HIGHER),
-            *_curves("solved", _SOLVED, _MUON_PAIR, _HIGHER),
+            *_curves("solved", _SOLVED, _SOAP_PAIR, _HIGH_RATES),
+            *_curves("solved", _SOLVED, _MUON_PAIR, _HIGH_RATES),
         ],
         PROTOCOL,
         "40 minutes on 2 idle cores",
