@@ -44,9 +44,9 @@ written before the first run, and what was left out of it, are in
         "controls": "The gradients of the first layers vanish. Every optimizer and "
         "control.",
         "deep": "Three more equations, and Poisson's at twice the depth.",
-        "initialization": "The same networks as above from better weights. For tanh "
-        "the hidden weights of the gradient-preserving initializer have the variance "
-        "of Glorot's.",
+        "initialization": "The same networks as above from Glorot weights.",
+        "preserving": "The same from `activation_aware_normal(jnp.tanh, "
+        'preserve="gradient")`, whose hidden weights have the variance of Glorot\'s.',
         "conv": "Without BatchNorm, from a gain at which gradients vanish.",
         "residual": "Gates start at 0, so that the network starts with one layer.",
         "solved": "Problems that networks of 4 layers solve with more steps "
@@ -56,5 +56,5 @@ written before the first run, and what was left out of it, are in
         "PirateNet, arXiv 2502.00604). Here the network has a quarter of the width and "
         "a sixtieth of the steps.",
     },
-    shown={"paper": ()},  # three rates are a table
+    shown=dict.fromkeys(("preserving", "paper"), ()),
 )
