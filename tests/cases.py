@@ -232,7 +232,17 @@ each_transformation = pytest.mark.parametrize(
     "case", TRANSFORMATIONS, ids=lambda case: case.name
 )
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Stacked layers have a test of their own in test_soap.py, and SOAP compiles long.
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, marks=pytest.mark.slow if case.name == "soap-stacked" else ()
+        )
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
 
 # One case of each method: for what a variant of its arguments cannot change.
 METHODS = list({case.factory: case for case in reversed(CASES)}.values())[::-1]

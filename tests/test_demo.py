@@ -32,6 +32,7 @@ def test_a_short_run_prints_every_optimizer_and_saves_a_figure(tmp_path, capsys)
     assert os.listdir(path.parent) == ["figure.png"]
 
 
+@pytest.mark.slow
 def test_burgers_scores_against_cole_hopf_and_a_file(tmp_path, capsys):
     x, t = np.linspace(-1, 1, 30), np.linspace(0, 0.9, 20)
     reference, path = tmp_path / "burgers.mat", tmp_path / "figure.svg"

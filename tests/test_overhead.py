@@ -85,7 +85,13 @@ def test_nothing_of_the_gradients_size_is_written_but_adams_results(name):
 
 
 @pytest.mark.recent_xla
-@pytest.mark.parametrize("name", METHODS_OF_THE_PACKAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        METHODS_OF_THE_PACKAGE[0],
+        *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS_OF_THE_PACKAGE[1:]),
+    ],
+)
 def test_a_large_leaf_adds_its_sums_and_a_small_one_no_kernel(name):
     """All arithmetic between is on vectors; small leaves are summed together."""
     sums = {"GradientStabilizer + AdamW": 1}.get(name, 2)

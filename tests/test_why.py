@@ -51,6 +51,7 @@ def test_layers_stand_still_below_eps():
     assert found["scaled"].gradient.shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_three_figures(tmp_path, capsys):
     assert why.main(["--quick", "--output", str(tmp_path)]) == 0
     names = ["why.md", "why_layers.png", "why_memory.png", "why_scale.png"]
