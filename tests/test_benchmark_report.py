@@ -237,6 +237,7 @@ def test_an_optimizer_has_one_line_in_all_figures():
         "clip + range-safe Muon": ("range-safe Muon", "clip"),
         "StableGrad + SOAP": ("SOAP", "StableGrad"),
         "AdamW (b2=0.9, eps=1e-16)": ("AdamW (b2=0.9)", "smaller eps"),
+        "LAMB": ("layer-wise rates", "LAMB"),
         "LARS": ("layer-wise rates", "LARS"),
     }
     assert {name: figures.base_and_line(name) for name in lines} == lines
@@ -244,11 +245,11 @@ def test_an_optimizer_has_one_line_in_all_figures():
     figure = rates_figure({("1",): sweep}, str)
     panels = {ax.texts[0].get_text(): ax for ax in figure.axes if ax.texts}
     assert list(panels) == [
-        "AdamW (b2=0.9)",
-        "layer-wise rates",
         "Muon",
         "range-safe Muon",
         "SOAP",
+        "AdamW (b2=0.9, eps=1e-16)",  # without the unchanged one, so of its own
+        "layer-wise rates",
     ]
     # The control is compared with Muon, and with the method before it.
     assert len(panels["Muon"].collections) == len(panels["range-safe Muon"].collections)

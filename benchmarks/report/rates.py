@@ -1,12 +1,14 @@
 """Error and failures against the learning rate: two numbers a chain, and a figure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib.optimizers import Optimizer, in_order
+from benchmarks.lib.optimizers import Optimizer
 from benchmarks.report import figures
 from benchmarks.report.scores import Problem, Score, Sweeps
 from benchmarks.report.tables import markdown_table, ranged
@@ -88,17 +90,15 @@ def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | No
     failed. The panels of one problem, or of one base, fill several rows. Optimizers
     whose line has no style are not drawn.
     """
-    if not sweeps:
+    panels = {problem: _panels(column) for problem, column in sweeps.items()}
+    panels = {problem: by_base for problem, by_base in panels.items() if by_base}
+    if not panels:
         return None
-    names = in_order(name for column in sweeps.values() for name in column)
-    places = {
-        name: _places(name, names)
-        for name in names
-        if figures.base_and_line(name)[1] in figures.STYLES
-    }
-    bases = list(dict.fromkeys(base for place in places.values() for base in place))
-    num_panels, num_columns, sharey = len(sweeps) * len(bases), len(bases), "row"
-    if len(sweeps) == 1:
+    # Those that most problems have come first.
+    counts = Counter(base for by_base in panels.values() for base in by_base)
+    bases = [base for base, _ in counts.most_common()]
+    num_panels, num_columns, sharey = len(panels) * len(bases), len(bases), "row"
+    if len(panels) == 1:
         num_columns, sharey = min(num_columns, 4), True
     elif len(bases) == 1:
         num_columns, sharey = 2, False
@@ -107,17 +107,16 @@ def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | No
     width = 10 if has_title_each else max(7, 2 + 1.9 * num_columns)
     size = width, 1.2 + 1.9 * num_rows
     figure, axes = figures.grid(num_rows, num_columns, size, sharey=sharey)
-    rows = axes.flat[:num_panels].reshape(len(sweeps), len(bases))
+    rows = axes.flat[:num_panels].reshape(len(panels), len(bases))
     for ax in axes.flat[num_panels:]:
         ax.set_axis_off()
-    for row, (problem, column) in zip(rows, sweeps.items(), strict=True):
-        for name, by_rate in column.items():
-            for base, line in places.get(name, {}).items():
-                _draw_rates(row[bases.index(base)], by_rate, figures.STYLES[line])
+    for row, (problem, by_base) in zip(rows, panels.items(), strict=True):
         for ax, base in zip(row, bases, strict=True):
-            if not ax.lines:
+            if base not in by_base:
                 ax.set_axis_off()
                 continue
+            for line, by_rate in by_base[base].items():
+                _draw_rates(ax, by_rate, figures.STYLES[line])
             ax.set(xscale="log", yscale="log")
             ax.text(0.03, 0.03, base, transform=ax.transAxes, fontsize=8)
             ax.grid(alpha=0.3)
@@ -127,24 +126,32 @@ def rates_figure(sweeps: Sweeps, label: Callable[[Problem], str]) -> Figure | No
         ax.tick_params(labelleft=True)
     figures.legend_above(
         figure,
-        (line for place in places.values() for line in place.values()),
+        chain.from_iterable(chain(*by_base.values()) for by_base in panels.values()),
         "Abscissa: learning rate; crosses: some runs failed; bands: 95 % intervals",
     )
     return figure
 
 
-def _places(name: str, names: Sequence[str]) -> dict[str, str]:
-    """Returns the panels that an optimizer is in, and the name of its line in each.
+def _panels(
+    column: Mapping[str, Mapping[float, Score]],
+) -> dict[str, dict[str, Mapping[float, Score]]]:
+    """Returns base -> line -> scores by rate; a panel for each base of a problem.
 
-    A base with a changed constant is compared with the unchanged one and, if methods
-    precede it elsewhere, stands alone in the panel of these.
+    A base with a changed constant is a line of the unchanged base's panel, if there is
+    one. If there is none, or methods precede it too, it stands alone in its own panel.
     """
-    base, line = figures.base_and_line(name)
-    shown = {figures.base_and_line(other)[0] for other in names if other != name}
-    own = Optimizer.named(name).base
-    if own == base or own not in shown:
-        return {base: line}
-    return {base: line, own: "alone"} if base in shown else {own: "alone"}
+    panels: dict[str, dict[str, Mapping[float, Score]]] = {}
+    for name, by_rate in column.items():
+        base, line = figures.base_and_line(name)
+        own = Optimizer.named(name).base
+        shown = {figures.base_and_line(other)[0] for other in column if other != name}
+        places = {base: line} if own == base or base in shown else {}
+        if own != base and (own in shown or not places):
+            places[own] = "alone"
+        for panel, its_line in places.items():
+            if its_line in figures.STYLES:
+                panels.setdefault(panel, {})[its_line] = by_rate
+    return panels
 
 
 def _draw_rates(
