@@ -43,9 +43,9 @@ EVERY = (
     *("SOAP (eps=1e-16)", "Muon (eps=1e-16)", "SOAP (normalize_updates)"),
     *("LAMB", "LARS", "NovoGrad"),  # the nearest kin
 )
-_PER_ARRAY = ["normalize per array"]
-_MUON_PAIR, _SOAP_PAIR = (chains(["none", "StableGrad"], [b]) for b in ("Muon", _SOAP))
-_ADAMW_PAIR = chains(["none", "StableGrad"], ["AdamW (b2=0.9)"])
+_MUON_PAIR, _SOAP_PAIR, _ADAMW_PAIR = (
+    chains(["none", "StableGrad"], [base]) for base in ("Muon", _SOAP, "AdamW (b2=0.9)")
+)
 # Factors of two, to where both ends are worse on most problems.
 _COMMON = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 _LOWER, _HIGHER = (1.25e-4, 2.5e-4), (6.4e-2, 1.28e-1)
@@ -155,7 +155,11 @@ PRESETS = {
             *_curves("deep", _DEFAULT[3:], (*_MUON_PAIR, *_SOAP_PAIR, *_ADAMW_PAIR)),
             *_curves("deep", _DEFAULT[3:], ("range-safe Muon",)),
             *_curves("deep", _DEFAULT[1:], ("clip + Muon",)),
-            *_curves("deep", _DEFAULT[1:3], chains(_PER_ARRAY, ["Muon", _SOAP])),
+            *_curves(
+                "deep",
+                _DEFAULT[1:3],
+                chains(["normalize per array"], ["Muon", _SOAP]),
+            ),
         ],
         PROTOCOL,
         "70 minutes on 2 idle cores",
