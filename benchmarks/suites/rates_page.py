@@ -34,7 +34,7 @@ Muon with its matrices divided by their largest entry before the norm, and Adam'
 
 The error is relative L2, at most 1, which predicting zero has; a run fails above
 {FAILURE_ERROR}. For digits the error is the share of wrong images. The plan that was
-written before the first run, and what was left out of it, are in
+written before the first run, and what departed from it, are in
 `benchmarks/rates_plan.md`.""",
     ("task", "network", "init", "depth", "width", "steps"),
     _label,
