@@ -225,7 +225,7 @@ PRESETS = {
             "paper",
             [_PAPER],
             chains(["none", "normalize per array"], [_SOAP]),
-            lambda _: _COMMON[1:],
+            lambda _: _COMMON,
         ),
         PROTOCOL,
         "15 minutes on 2 idle cores",
