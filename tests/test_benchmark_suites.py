@@ -155,6 +155,7 @@ def _known(record):
     return {k: v for k, v in record.items() if k not in ("ms_per_step", "date")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(tmp_path):
     path = tmp_path / "pinn.jsonl"
     line = [sys.executable, "-m", "benchmarks", "run", "pinn", "--preset", "smoke"]

@@ -56,6 +56,7 @@ def run_alone(snippet):
     subprocess.run([sys.executable, "-c", snippet], timeout=300, check=True)
 
 
+@pytest.mark.slow
 def test_reports_are_what_the_command_prints(capsys):
     gradients.main()
     page = (ROOT / "docs" / "reading_the_report.md").read_text()

@@ -13,14 +13,8 @@ FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, marks=() if p.stem == "compare_pinn" else pytest.mark.slow)
-        for p in SCRIPTS
-    ],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_compares_its_optimizers(path, monkeypatch):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -43,7 +43,9 @@ def test_derivatives_of_features_agree_with_jax_hessian():
     jax.tree.map(assert_near, tuple(found), by_jax(FEATURES, POINTS))
 
 
-@pytest.mark.parametrize("built_in", [False, True])
+@pytest.mark.parametrize(
+    "built_in", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_a_network_on_features_agrees_with_jax_hessian(built_in):
     """Alone, and in an ansatz whose parts vary in both coordinates."""
     network = Network(2, 8, initializer="uniform", embedding=FEATURES)

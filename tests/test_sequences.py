@@ -216,6 +216,7 @@ def test_the_gradient_and_the_predictions_std_are_those_of_the_loss(weights):
 # Training
 
 
+@pytest.mark.slow
 def test_training_is_adam_on_the_named_batches():
     seed, steps = 3, 4
     training = training_of("forecast", steps=steps)
