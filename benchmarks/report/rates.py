@@ -137,8 +137,8 @@ def _panels(
 ) -> dict[str, dict[str, Mapping[float, Score]]]:
     """Returns base -> line -> scores by rate; a panel for each base of a problem.
 
-    A base with a changed constant is a line of the unchanged base's panel where that was
-    run. Otherwise, or if methods precede it too, it stands alone in a panel of its own.
+    A base with a changed constant is a line of the unchanged base's panel where that
+    was run. Otherwise, or if methods precede it too, it stands alone in its own panel.
     """
     panels: dict[str, dict[str, Mapping[float, Score]]] = {}
     for name, by_rate in column.items():
