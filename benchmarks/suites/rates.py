@@ -58,7 +58,7 @@ RATES: Mapping[str, tuple[float, ...]] = {
         ("Muon", "range-safe Muon", "Muon (eps=1e-16)"), _COMMON + _HIGHER[:1]
     ),
     "LAMB": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-    "NovoGrad": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+    "NovoGrad": _COMMON + _HIGHER,
     # Its rate multiplies a trust coefficient of 0.001.
     "LARS": (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
@@ -194,7 +194,8 @@ PRESETS = {
             "conv",
             [_CONV],
             (
-                *(*_MUON_PAIR, *_ADAMW_PAIR),
+                *_MUON_PAIR,
+                *_ADAMW_PAIR,
                 *("range-safe Muon", _SOAP, "AdamW (b2=0.9, eps=1e-16)", "clip + Muon"),
             ),
         ),
@@ -221,12 +222,7 @@ PRESETS = {
         workers=2,
     ),
     "paper": Preset(
-        entries(
-            "paper",
-            [_PAPER],
-            chains(["none", "normalize per array"], [_SOAP]),
-            lambda _: _COMMON,
-        ),
+        _curves("paper", [_PAPER], chains(["none", "normalize per array"], [_SOAP])),
         PROTOCOL,
         "15 minutes on 2 idle cores",
         "Allen-Cahn as papers set it, at a budget that two cores can pay",

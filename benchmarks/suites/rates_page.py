@@ -56,5 +56,6 @@ written before the first run, and what departed from it, are in
         "PirateNet, arXiv 2502.00604). Here the network has a quarter of the width and "
         "a sixtieth of the steps.",
     },
+    # Tables alone: a page has six figures at most.
     shown=dict.fromkeys(("preserving", "paper"), ()),
 )
